@@ -1,0 +1,1 @@
+"""The Gradio demo of MLLMs that see with a CLIP-MoE."""

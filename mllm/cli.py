@@ -1,0 +1,184 @@
+"""The command line. Nothing heavy is imported before a command needs it.
+
+A fault in what the user brought ends with one sentence on stderr and status 2; ``--debug`` shows
+the traceback instead. Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+_FAULT, _INTERRUPTED = 2, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mllm-moe", prog_name="mllm")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Upcycle a CLIP into a CLIP-MoE, and build, train and question MLLMs that see with it."""
+    # Read before transformers is imported: its advice is not about the user's input.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if debug else "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("quickstart"),
+    show_default=True,
+    help="Folder of the checkpoints and the report.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)  # fmt: skip
+def quickstart(out: Path, seed: int) -> None:
+    """The whole pipeline on embedded models and data: base CLIP to measured MLLM."""
+    from train.quickstart import run_quickstart
+
+    run_quickstart(out, seed)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def upcycle(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Turn a CLIP into a CLIP-MoE by diversified multiplet upcycling (DMU).
+
+    RECIPE is the name of a shipped recipe, or a YAML file.
+    """
+    _run_recipe(recipe, overrides, upcycles=True)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def train(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Run a training recipe: pretraining, instruction tuning, contrastive training.
+
+    RECIPE is the name of a shipped recipe, or a YAML file.
+    """
+    _run_recipe(recipe, overrides, upcycles=False)
+
+
+def _run_recipe(name: str, overrides: tuple[str, ...], upcycles: bool) -> None:
+    from train import run_recipe
+    from train.config import load_recipe
+    from train.recipe import UpcycleRecipe
+    from vision_moe import InputError
+
+    recipe = load_recipe(name, overrides)
+    if isinstance(recipe, UpcycleRecipe) != upcycles:
+        right = "train" if upcycles else "upcycle"
+        raise InputError(f"recipe '{name}' is one for 'mllm {right}'")
+    click.echo(run_recipe(recipe))
+
+
+@cli.command("eval")
+@click.argument("checkpoint")
+@click.option("--task", required=True, help="Name of the task, such as easy_vqa or scenes.")
+@click.option("--data", help="Data of the task, where it has none of its own.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of scores.json and"
+              " predictions.jsonl.  [default: eval/CHECKPOINT-TASK]")  # fmt: skip
+@click.option("--num-questions", type=int, help="How many are drawn.  [default: the task's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option("--blank-images", is_flag=True, help="Show grey instead of each picture.")
+@click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option("--bf16", is_flag=True, help="Autocast to bfloat16.")
+def evaluate(
+    checkpoint: str,
+    task: str,
+    data: str | None,
+    out: Path | None,
+    num_questions: int | None,
+    seed: int,
+    blank_images: bool,
+    batch_size: int,
+    bf16: bool,
+) -> None:
+    """Ask CHECKPOINT the questions of a task and score its answers."""
+    from mllm.evaluate import EvaluationConfig, evaluate_checkpoint, scores_table
+
+    if out is None:
+        blank = "-blank" if blank_images else ""
+        out = Path("eval") / f"{Path(checkpoint).resolve().name}-{task}{blank}"
+    config = EvaluationConfig(num_questions, seed, blank_images, batch_size, bf16)
+    evaluation = evaluate_checkpoint(checkpoint, task, config, data, out)
+    click.echo(scores_table(evaluation.scores))
+    click.echo(f"written to {out}", err=True)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--image", required=True, type=click.Path(path_type=Path), help="Any image file.")
+@click.option("--question", help="Answer this alone; without it, talk in the terminal.")
+def chat(checkpoint: str, image: Path, question: str | None) -> None:
+    """Ask CHECKPOINT about a picture."""
+    from mllm.chat import run_chat
+    from mllm.model import load_mllm
+    from vision_moe import open_image
+
+    picture = open_image(image)  # first: a damaged picture is told before the model is loaded
+    run_chat(*load_mllm(checkpoint), picture, question)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path),
+              help="Pictures to route (repeatable).  [default: rendered scenes]")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Picture to write.  [default: CHECKPOINT-inspect.png, here]")  # fmt: skip
+def inspect(checkpoint: str, images: tuple[Path, ...], out: Path | None) -> None:
+    """Show CHECKPOINT's parameters, in all and active, its experts and their load."""
+    from mllm.inspection import draw, inspect_checkpoint
+
+    inspection = inspect_checkpoint(checkpoint, images)
+    out = out or Path(f"{Path(checkpoint).resolve().name}-inspect.png")
+    draw(inspection, out)
+    click.echo(inspection.table())
+    click.echo(f"picture written to {out}", err=True)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(arguments, prog_name="mllm", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("\nmllm: interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of stdout has gone (`mllm eval ... | head`); nothing more can be told it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        fault = describe_fault(error)
+        if fault is None or "--debug" in arguments:
+            raise
+        print(f"mllm: {fault}", file=sys.stderr)
+        sys.exit(_FAULT)
+    sys.exit(0)
+
+
+def describe_fault(error: BaseException) -> str | None:
+    """One sentence on a fault in the input or the machine; ``None`` for a defect of ours."""
+    # A module that raises it has imported it; importing it here would load torch for nothing.
+    input_error = getattr(sys.modules.get("vision_moe"), "InputError", None)
+    if input_error is not None and isinstance(error, input_error):
+        return " ".join(str(error).split())
+    text = str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+        return f"the disk is full ({text.splitlines()[0]})"
+    if isinstance(error, OSError):
+        reason = error.strerror or text.splitlines()[0] if text else type(error).__name__
+        return f"{error.filename}: {reason}" if error.filename else reason
+    return None

@@ -1,0 +1,254 @@
+"""Training runs of a tiny MLLM: what trains, what is written, what is resumed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from train import engine, run_recipe, stages
+from train.config import load_recipe
+from train.instruction import set_trainable
+from train.recipe import (
+    ConnectorTraining,
+    InstructionRecipe,
+    InstructionSource,
+    LLMTraining,
+    Trainable,
+)
+from vision_moe import InputError
+
+
+@pytest.fixture
+def recipe(llm_folder: Path, clip_folder: Path, tmp_path: Path) -> InstructionRecipe:
+    return InstructionRecipe(
+        out=str(tmp_path / "out"),
+        llm=str(llm_folder),
+        tower=str(clip_folder),
+        data=[
+            InstructionSource(
+                name="scenes_questions", num_images=12, questions_per_image=3, image_size=32
+            )
+        ],
+        trainable=Trainable(
+            connector=ConnectorTraining(lr=1e-2), llm=LLMTraining(mode="lora", lr=1e-2, r=4)
+        ),
+        batch_rows=4,
+        steps=6,
+        log_steps=1,
+        precision="fp32",
+    )
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def log(recipe: InstructionRecipe) -> dict[str, Any]:
+    return json.loads((Path(recipe.out) / "training_log.json").read_text())
+
+
+def test_result_is_a_stock_llava_folder(recipe: InstructionRecipe) -> None:
+    folder = run_recipe(recipe)
+    _, loading = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert AutoProcessor.from_pretrained(folder).image_token == "<image>"
+
+
+def test_loss_falls(recipe: InstructionRecipe) -> None:
+    recipe.steps = 30
+    run_recipe(recipe)
+    history = [entry["loss"] for entry in log(recipe)["history"]]
+    assert len(history) == 30
+    assert history[-1] < 0.6 * history[0]
+
+
+def test_log_and_resolved_recipe_stand_beside_the_checkpoint(recipe: InstructionRecipe) -> None:
+    folder = run_recipe(recipe)
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    content = log(recipe)
+    assert content["steps"] == 6
+    assert content["num_parameters"]["tower"]["trained"] == 0
+
+
+def test_frozen_llm_and_tower_stay_as_they_are(recipe: InstructionRecipe, tmp_path: Path) -> None:
+    recipe.trainable.llm.mode = "frozen"
+    first = weights(run_recipe(recipe))
+    recipe.init_from, recipe.tower, recipe.out = recipe.out, None, str(tmp_path / "second")
+    second = weights(run_recipe(recipe))
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert changed and all("multi_modal_projector" in name for name in changed)
+
+
+def test_second_run_finds_the_result(
+    recipe: InstructionRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(recipe)
+    monkeypatch.setattr("train.instruction.load_model", None)
+    run_recipe(recipe)
+
+
+def test_folder_with_another_configuration_is_refused(recipe: InstructionRecipe) -> None:
+    run_recipe(recipe)
+    recipe.seed = 1
+    with pytest.raises(InputError, match="'seed' is 0 there and 1 now"):
+        run_recipe(recipe)
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing below catches it."""
+
+
+def run_killed_after(
+    recipe: InstructionRecipe, num_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine.ProgressBar.on_step_end
+
+    def kill(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        original(self, args, state, control, **rest)
+        if state.global_step == num_steps:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.ProgressBar, "on_step_end", kill)
+        with pytest.raises(Killed):
+            run_recipe(recipe)
+
+
+def test_resumed_run_ends_with_the_weights_of_an_unbroken_one(
+    recipe: InstructionRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.trainable.llm.dropout = 0.1
+    unbroken = weights(run_recipe(recipe))
+    recipe.out, recipe.save_steps = str(tmp_path / "broken"), 2
+    run_killed_after(recipe, 5, monkeypatch)
+    assert not Path(recipe.out).exists()
+    assert [p.name for p in Path(f"{recipe.out}.checkpoints").glob("checkpoint-*")] == [
+        "checkpoint-4"
+    ]
+    resumed = weights(run_recipe(recipe))
+    # Measured: bit for bit.
+    for name, tensor in unbroken.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
+    assert [entry["step"] for entry in log(recipe)["history"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoints_are_gone_when_the_run_is_done(recipe: InstructionRecipe) -> None:
+    recipe.save_steps = 2
+    run_recipe(recipe)
+    assert not Path(f"{recipe.out}.checkpoints").exists()
+
+
+def test_checkpoints_of_another_run_are_refused(
+    recipe: InstructionRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.save_steps = 2
+    run_killed_after(recipe, 3, monkeypatch)
+    recipe.trainable.connector.lr = 2e-2
+    with pytest.raises(InputError, match="another configuration"):
+        run_recipe(recipe)
+
+
+def test_resume_never_starts_again(
+    recipe: InstructionRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.save_steps = 2
+    run_killed_after(recipe, 3, monkeypatch)
+    recipe.resume = "never"
+    run_recipe(recipe)
+    assert log(recipe)["history"][0]["step"] == 1
+
+
+def test_merged_model_computes_what_the_adapted_one_did(mllm: Any) -> None:
+    model, _ = mllm
+    parts = set_trainable(model, Trainable(llm=LLMTraining(mode="lora", r=4)))
+    with torch.no_grad():
+        for parameter in parts.parameters["llm"]:
+            parameter.normal_(std=0.1)
+    ids = torch.arange(5, 15)[None]
+    before = model(input_ids=ids).logits
+    parts.merge()
+    # Measured worst: 2e-5 of logits up to 6.
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_lora_stays_out_of_tower_connector_and_head(mllm: Any) -> None:
+    model, _ = mllm
+    set_trainable(model, Trainable(llm=LLMTraining(mode="lora")))
+    adapted = [name for name, _ in model.named_parameters() if "lora" in name]
+    assert adapted and all(name.startswith("model.language_model.layers.") for name in adapted)
+
+
+def test_full_mode_counts_tied_weights_once(mllm: Any) -> None:
+    model, _ = mllm
+    parts = set_trainable(model, Trainable(llm=LLMTraining(mode="full")))
+    expected = sum(p.numel() for p in model.model.language_model.parameters())
+    assert parts.num_parameters["llm"]["trained"] == expected
+
+
+def test_nothing_to_train_is_refused(mllm: Any) -> None:
+    with pytest.raises(InputError, match="trains nothing"):
+        set_trainable(mllm[0], Trainable(connector=ConnectorTraining(mode="frozen")))
+
+
+def test_unknown_lora_target_is_refused(mllm: Any) -> None:
+    llm = LLMTraining(mode="lora", target=["q_porj"])
+    with pytest.raises(InputError, match="q_porj"):
+        set_trainable(mllm[0], Trainable(llm=llm))
+
+
+def test_missing_tower_is_one_sentence(recipe: InstructionRecipe) -> None:
+    recipe.tower = "absent"
+    with pytest.raises(InputError, match="absent"):
+        run_recipe(recipe)
+    assert not Path(recipe.out).exists()
+
+
+def test_recipe_without_tower_and_start_is_refused(recipe: InstructionRecipe) -> None:
+    recipe.tower = None
+    with pytest.raises(InputError, match="'tower'"):
+        run_recipe(recipe)
+
+
+def test_ridge_start_logs_what_it_explains(recipe: InstructionRecipe) -> None:
+    recipe.steps = 1
+    recipe.connector_start = "ridge"
+    run_recipe(recipe)
+    assert 0 < log(recipe)["connector_start_explained"] <= 1
+
+
+def test_bf16_run_keeps_fp32_weights(recipe: InstructionRecipe) -> None:
+    recipe.precision = "bf16"
+    recipe.steps = 2
+    assert {tensor.dtype for tensor in weights(run_recipe(recipe)).values()} == {torch.float32}
+
+
+def test_accumulated_batches_weigh_by_their_tokens(
+    recipe: InstructionRecipe, tmp_path: Path
+) -> None:
+    """Twelve rows as one batch, or as three: the same step."""
+    recipe.steps, recipe.batch_rows = 1, 12
+    whole = weights(run_recipe(recipe))
+    recipe.batch_rows, recipe.gradient_accumulation = 4, 3
+    recipe.out = str(tmp_path / "accumulated")
+    parts = weights(run_recipe(recipe))
+    # Measured worst: 6e-8.
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_stdout_stays_empty(
+    recipe: InstructionRecipe, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(recipe)
+    assert capfd.readouterr().out == ""
+
+
+def test_stage_says_what_it_took(recipe: InstructionRecipe) -> None:
+    folder = run_recipe(recipe)
+    record = json.loads((folder / stages.RECORD).read_text())
+    assert record["seconds"] > 0

@@ -1,0 +1,131 @@
+"""Samples from scenes, easy-VQA and LLaVA's JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from train.instruction_sources import load_sources
+from train.recipe import InstructionSource
+from vision_moe import InputError
+
+
+def scenes(name: str = "scenes_questions", **options: Any) -> InstructionSource:
+    return InstructionSource(name=name, **{"num_images": 3, **options})  # type: ignore[arg-type]
+
+
+def test_scenes_questions_are_capped() -> None:
+    data = load_sources([scenes(questions_per_image=2)], seed=0)
+    assert [len(sample.turns) for sample in data.samples] == [2, 2, 2]
+
+
+def test_scenes_captions_have_one_turn() -> None:
+    data = load_sources([scenes("scenes_captions")], seed=0)
+    assert all(len(sample.turns) == 1 for sample in data.samples)
+
+
+def test_picture_of_a_key_is_its_own() -> None:
+    data = load_sources([scenes()], seed=0)
+    pictures = {data.open_images[sample.image_key]().tobytes() for sample in data.samples}
+    assert len(pictures) == 3
+
+
+def test_sources_are_joined_with_keys_of_their_own() -> None:
+    data = load_sources([scenes(), scenes("scenes_captions")], seed=0)
+    assert [sample.image_key for sample in data.samples] == [0, 1, 2, 3, 4, 5]
+    assert len(data.open_images) == len(data.image_identities) == 6
+
+
+def test_same_scene_has_the_same_identity_in_every_source() -> None:
+    data = load_sources([scenes(), scenes("scenes_captions")], seed=0)
+    assert data.image_identities[:3] == data.image_identities[3:]
+
+
+def test_scenes_without_a_number_are_refused() -> None:
+    with pytest.raises(InputError, match="num_images"):
+        load_sources([scenes(num_images=None)], seed=0)
+
+
+def test_unknown_world_option_is_named() -> None:
+    with pytest.raises(InputError, match="shapse"):
+        load_sources([scenes(world={"shapse": ["circle"]})], seed=0)
+
+
+def test_unknown_split_is_refused() -> None:
+    with pytest.raises(InputError, match="trian"):
+        load_sources([scenes(split="trian")], seed=0)
+
+
+def test_easy_vqa_draws_pictures_with_all_their_questions() -> None:
+    source = InstructionSource(name="easy_vqa", num_images=5)
+    data = load_sources([source], seed=0)
+    assert len(data.samples) == len(data.open_images) == 5
+    assert all(len(sample.turns) > 3 for sample in data.samples)
+    assert data.open_images[0]().size == (64, 64)
+
+
+def test_easy_vqa_draw_depends_on_the_seed() -> None:
+    source = InstructionSource(name="easy_vqa", num_images=5)
+    first, same, other = (load_sources([source], seed) for seed in (0, 0, 1))
+    assert first.image_identities == same.image_identities != other.image_identities
+
+
+def test_more_pictures_than_there_are_is_refused() -> None:
+    with pytest.raises(InputError, match="4000"):
+        load_sources([InstructionSource(name="easy_vqa", num_images=5000)], seed=0)
+
+
+RECORD = {
+    "id": "cat-17",
+    "image": "cat.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A cat."},
+        {"from": "human", "value": "Its color?"},
+        {"from": "gpt", "value": "Black."},
+    ],
+}
+
+
+def llava(tmp_path: Path, *records: Any) -> InstructionSource:
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    return InstructionSource(name="llava_json", path=str(path))
+
+
+def test_llava_conversation_is_a_dialogue(tmp_path: Path) -> None:
+    (sample,) = load_sources([llava(tmp_path, RECORD)], seed=0).samples
+    assert sample.turns == (("What is it?", "A cat."), ("Its color?", "Black."))
+    assert sample.is_dialogue
+
+
+def test_records_of_one_picture_share_it(tmp_path: Path) -> None:
+    data = load_sources([llava(tmp_path, RECORD, RECORD)], seed=0)
+    assert (len(data.samples), len(data.open_images)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"image": "dog.png"}, "dog.png"),
+        ({"image": None}, "'image'"),
+        ({"conversations": RECORD["conversations"][:1]}, "alternate"),
+        ({"conversations": RECORD["conversations"][2:]}, "0 <image> placeholders but 1 image"),
+        ({"conversations": [{"from": "gpt", "value": "x"}] * 2}, "message 0"),
+        ({"conversations": [{"from": "human"}] * 2}, "no text"),
+    ],
+)
+def test_faulty_record_is_named(tmp_path: Path, change: dict[str, Any], fault: str) -> None:
+    with pytest.raises(InputError, match=fault) as caught:
+        load_sources([llava(tmp_path, RECORD, {**RECORD, **change})], seed=0)
+    assert "record 1 (id 'cat-17')" in str(caught.value)
+
+
+def test_file_that_is_not_json_is_named(tmp_path: Path) -> None:
+    source = llava(tmp_path)
+    (tmp_path / "data.json").write_text("[")
+    with pytest.raises(InputError, match="data.json"):
+        load_sources([source], seed=0)

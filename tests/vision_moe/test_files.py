@@ -1,0 +1,75 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from vision_moe import InputError, atomic_directory, atomic_write_text, sha256_file
+
+
+def test_directory_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "folder"
+    with atomic_directory(target) as aside:
+        (aside / "file").write_text("text")
+        assert not target.exists()
+    assert (target / "file").read_text() == "text"
+    assert [path.name for path in target.parent.iterdir()] == ["folder"]
+
+
+def test_existing_directory_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    with atomic_directory(tmp_path / "folder") as aside:
+        (aside / "new").touch()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
+
+
+def test_error_leaves_the_existing_directory(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "folder") as aside:
+        (aside / "new").touch()
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_full_disk_is_an_input_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="cannot be written"),
+        atomic_directory(tmp_path / "folder"),
+        open("/dev/full", "w") as full,
+    ):
+        full.write("x")
+        full.flush()
+
+
+def test_directory_over_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="a file stands"), atomic_directory(tmp_path / "file"):
+        pass
+
+
+def test_directory_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "folder"
+    with pytest.raises(InputError, match="cannot be written"), atomic_directory(below):
+        pass
+
+
+def test_text_is_written_and_replaced(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "a" / "file.json", "one")
+    atomic_write_text(tmp_path / "a" / "file.json", "zwölf")
+    assert (tmp_path / "a" / "file.json").read_text(encoding="utf-8") == "zwölf"
+    assert len(list((tmp_path / "a").iterdir())) == 1
+
+
+def test_unwritable_text_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        atomic_write_text(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_sha256_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 3_000_000)
+    assert sha256_file(tmp_path / "file") == hashlib.sha256(b"x" * 3_000_000).hexdigest()

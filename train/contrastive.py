@@ -1,0 +1,245 @@
+"""Contrastive training of a CLIP, and the part of it that every stage of upcycling shares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train import stages
+from train.attention import attention_kernel
+from train.config import recipe_dict, save_resolved
+from train.engine import fit
+from train.pairs import PairBatches, Pairs, load_pairs, random_batches
+from train.precision import use_bf16
+from train.recipe import (
+    ContrastiveRecipe,
+    ContrastiveTraining,
+    ImageTextData,
+    Precision,
+    RouterTraining,
+)
+from train.schedule import learning_rate_schedule
+from train.stages import Stage, StageResult
+from vision_moe import (
+    CLIPMoEConfig,
+    CLIPMoEModel,
+    InputError,
+    contrastive_loss,
+    load,
+    load_balancing_loss,
+    save,
+    sha256_file,
+)
+
+LOG_FILE, RECIPE_FILE = "training_log.json", "recipe.yaml"
+
+#: CLIP clamps its trained inverse temperature here.
+MAX_LOGIT_SCALE = 100.0
+
+#: Keys of a recipe that say where things are, not what comes out.
+NOT_CONFIGURATION = ("out", "save_steps")
+
+
+class ContrastiveModel(nn.Module):
+    """A CLIP whose forward pass is its loss.
+
+    Args:
+        clip: The model that trains.
+        training: Label smoothing, temperature and, for routers, the weight of the balance loss.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, clip: CLIPMoEModel, training: ContrastiveTraining) -> None:
+        super().__init__()
+        self.clip = clip
+        self.label_smoothing = training.label_smoothing
+        self.logit_scale = training.logit_scale
+        self.balance = training.balance if isinstance(training, RouterTraining) else 0.0
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        """Loss of a batch of pairs.
+
+        Args:
+            pixel_values: ``(B, 3, H, W)``.
+            input_ids: ``(B, L)``.
+
+        Returns:
+            ``loss``, a scalar.
+        """
+        with attention_kernel(pixel_values.device, input_ids.shape[1]):
+            output = self.clip(pixel_values=pixel_values, input_ids=input_ids)
+        scale = (
+            self.clip.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+            if self.logit_scale is None
+            else self.logit_scale
+        )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        loss = contrastive_loss(
+            output.image_features,
+            output.text_features,
+            scale,
+            label_smoothing=self.label_smoothing,
+            world_size=torch.distributed.get_world_size() if distributed else 1,
+            rank=torch.distributed.get_rank() if distributed else 0,
+        )
+        if self.balance:
+            loss = loss + self.balance * load_balancing_loss(output.router_logits)
+        return {"loss": loss}
+
+
+def train_contrastive(
+    clip: CLIPMoEModel,
+    parameters: Sequence[nn.Parameter],
+    pairs: Pairs,
+    batches: Sequence[np.ndarray],
+    training: ContrastiveTraining,
+    *,
+    stage: Stage,
+    seed: int,
+    precision: Precision,
+    save_steps: int | None,
+) -> list[dict[str, float]]:
+    """Train ``parameters`` of ``clip`` in place, all else frozen.
+
+    Args:
+        clip: The model.
+        parameters: Those of its parameters that train.
+        pairs: The data.
+        batches: Pair numbers of each step's batch, ``training.steps`` of them.
+        training: Rates, steps and temperature.
+        stage: What is being made; checkpoints stand beside its folder and carry its fingerprint.
+        seed: Of dropout, where the model has any.
+        precision: See :func:`train.precision.use_bf16`.
+        save_steps: Steps between two checkpoints; none by default.
+
+    Returns:
+        The log of :func:`train.engine.fit`.
+    """
+    clip.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    # Norms, biases and the temperature do not decay (as in open_clip).
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=training.lr,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    history = fit(
+        ContrastiveModel(clip, training).train(),
+        PairBatches(pairs, batches, clip),
+        optimizer,
+        learning_rate_schedule(
+            optimizer, "cosine", min(training.warmup_steps, training.steps // 2), training.steps
+        ),
+        steps=training.steps,
+        checkpoints=Path(f"{stage.folder}.checkpoints"),
+        fingerprint=stage.fingerprint,
+        description=stage.name,
+        seed=seed,
+        bf16=use_bf16(precision),
+        gradient_accumulation=1,
+        max_grad_norm=1.0,
+        log_steps=max(1, training.steps // 100),
+        save_steps=save_steps,
+        resume=True,
+    )
+    clip.requires_grad_(True)
+    clip.eval()
+    # The log would not tell: the Trainer leaves losses that are no numbers out of it.
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        raise InputError(f"{stage.name}: the loss is no longer a number; lower the learning rate")
+    return history
+
+
+def start_model(model: dict[str, Any] | str, pretrained: str | None, seed: int) -> CLIPMoEModel:
+    """The CLIP that a recipe names: a folder, a name of open_clip's, or a configuration."""
+    torch.manual_seed(seed)
+    if isinstance(model, dict):
+        description = {key: value for key, value in model.items() if key != "preprocess"}
+        try:
+            clip = CLIPMoEModel(
+                CLIPMoEConfig(open_clip_config=description, preprocess=model.get("preprocess"))
+            )
+        except Exception as error:  # open_clip raises whatever a wrong value makes it stumble over
+            raise InputError(f"'model': no CLIP can be built from it ({error})") from error
+    elif Path(model).is_dir():
+        clip = load(model)
+    else:
+        try:
+            clip = CLIPMoEModel.from_open_clip(model, pretrained)
+        except RuntimeError as error:
+            raise InputError(f"'pretrained' of {model}: {error}") from error
+    clip.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    return clip.eval()
+
+
+def run(recipe: ContrastiveRecipe) -> Path:
+    """Train, unless the recipe's folder holds the result already."""
+    run_stage(recipe, "contrastive training")
+    return Path(recipe.out)
+
+
+def run_stage(recipe: ContrastiveRecipe, name: str) -> StageResult:
+    """:func:`run` under a name, with what the stage took."""
+    inputs = [*model_inputs(recipe.model), *data_inputs(recipe.data)]
+    stage = Stage(name, Path(recipe.out), configuration(recipe), inputs)
+    return stages.run(stage, lambda folder: _make(recipe, stage, folder))
+
+
+def configuration(recipe: Any) -> dict[str, Any]:
+    """What of a recipe decides the result."""
+    content = recipe_dict(recipe)
+    if isinstance(recipe.model, str) and Path(recipe.model).is_dir():
+        content.pop("model")  # what the folder holds is an input, not where it lies
+    return {key: value for key, value in content.items() if key not in NOT_CONFIGURATION}
+
+
+def model_inputs(model: dict[str, Any] | str) -> list[str]:
+    """Fingerprints of the model that a recipe starts from."""
+    return [stages.fingerprint_of(model)] if isinstance(model, str) else []
+
+
+def data_inputs(data: ImageTextData) -> list[str]:
+    """Fingerprint of the file that lists the pairs."""
+    if data.path is None or not Path(data.path).is_file():
+        return []
+    return [f"pairs:{sha256_file(data.path)}"]
+
+
+def write_log(folder: Path, **content: Any) -> None:
+    """Write what a run has to tell beside its weights."""
+    (folder / LOG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _make(recipe: ContrastiveRecipe, stage: Stage, folder: Path) -> None:
+    model = start_model(recipe.model, recipe.pretrained, recipe.seed)
+    pairs = load_pairs(recipe.data, model, recipe.seed)
+    training = recipe.training
+    batches = random_batches(len(pairs.tokens), training.batch_size, training.steps, recipe.seed)
+    history = train_contrastive(
+        model,
+        list(model.parameters()),
+        pairs,
+        batches,
+        training,
+        stage=stage,
+        seed=recipe.seed,
+        precision=recipe.precision,
+        save_steps=recipe.save_steps,
+    )
+    save(model, folder)
+    save_resolved(recipe, folder / RECIPE_FILE)
+    write_log(folder, training=asdict(training), num_pairs=len(pairs.tokens), history=history)

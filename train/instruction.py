@@ -1,0 +1,308 @@
+"""Connector pretraining and instruction tuning: a recipe in, an MLLM folder out.
+
+The result is a plain LLaVA checkpoint: adapters are merged into the weights that they adapt.
+"""
+
+import itertools
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from mllm.llm import EMBEDDED_LLM, load_llm
+from mllm.model import build_llava, load_mllm, replace_vision_tower, save_mllm
+from mllm.prompts import ChatPrompts
+from mllm.quiet import no_library_progress_bars
+from train import stages
+from train.config import recipe_dict, save_resolved
+from train.connector_start import start_connector
+from train.engine import fit
+from train.features import cached_features
+from train.instruction_data import (
+    BatchDataset,
+    InstructionSample,
+    Row,
+    chat_row,
+    plain_row,
+    plan_batches,
+)
+from train.instruction_model import InstructionModel
+from train.instruction_sources import InstructionData, load_sources
+from train.lora import inject_lora
+from train.precision import use_bf16
+from train.recipe import InstructionRecipe, Trainable
+from train.schedule import learning_rate_schedule
+from train.stages import Stage, StageResult
+from vision_moe import CLIPMoEVisionModel, InputError
+
+if TYPE_CHECKING:
+    import peft
+
+logger = logging.getLogger(__name__)
+
+# What a recipe says about the run rather than its result, and paths, whose content is an input.
+_NOT_CONFIGURATION = ("out", "llm", "tower", "init_from", "log_steps", "save_steps", "resume")
+
+LOG_FILE, RECIPE_FILE = "training_log.json", "recipe.yaml"
+
+
+def run(recipe: InstructionRecipe) -> Path:
+    """Train, unless the recipe's folder holds the result already.
+
+    Raises:
+        InputError: The recipe asks for something that is not there, or its folder holds something
+            else.
+    """
+    run_stage(recipe, "instruction")
+    return Path(recipe.out)
+
+
+def run_stage(recipe: InstructionRecipe, name: str) -> StageResult:
+    """:func:`run` under a name, with what the stage took."""
+    stage = instruction_stage(recipe, name)
+    return stages.run(stage, lambda folder: _make(recipe, stage, folder))
+
+
+def instruction_stage(recipe: InstructionRecipe, name: str) -> Stage:
+    """The stage that the recipe describes."""
+    if recipe.tower is None and recipe.init_from is None:
+        raise InputError("the recipe names neither a 'tower' nor an 'init_from'")
+    content = recipe_dict(recipe)
+    config = {key: value for key, value in content.items() if key not in _NOT_CONFIGURATION}
+    sources = (recipe.llm if recipe.init_from is None else None, recipe.tower, recipe.init_from)
+    inputs = ["none" if source is None else stages.fingerprint_of(source) for source in sources]
+    return Stage(name, Path(recipe.out), config, inputs)
+
+
+def _make(recipe: InstructionRecipe, stage: Stage, folder: Path) -> None:
+    """Fill ``folder`` with the trained MLLM."""
+    started = time.monotonic()
+    model, processor = load_model(recipe)
+    data = load_sources(recipe.data, recipe.seed)
+    features = tower_features(model, processor, data)
+    rows = build_rows(recipe, model, processor, data.samples)
+    explained = None
+    if recipe.init_from is None and recipe.connector_start == "ridge":
+        explained = start_connector(
+            model, processor.tokenizer, data.samples, features, recipe.seed
+        )
+    parts = set_trainable(model, recipe.trainable, recipe.seed)
+    plan = plan_run(recipe, rows)
+    history = _fit(recipe, stage, model, processor, parts, plan, rows, features)
+    parts.merge()
+    save_mllm(model, processor, folder)
+    save_resolved(recipe, folder / RECIPE_FILE)
+    log = {
+        "seconds": round(time.monotonic() - started, 3),
+        "steps": plan.steps,
+        "num_samples": len(rows),
+        "num_tokens": sum(len(rows[row]) for batch in plan.batches for row in batch),
+        "num_parameters": parts.num_parameters,
+        "connector_start_explained": explained,
+        "history": history,
+    }
+    (folder / LOG_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(
+    recipe: InstructionRecipe,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The MLLM that training starts from: an earlier one, or a new connector between two models."""
+    if recipe.init_from is not None:
+        model, processor = load_mllm(recipe.init_from)
+        if recipe.tower is not None:
+            replace_vision_tower(model, recipe.tower, processor)
+    else:
+        assert recipe.tower is not None
+        if not Path(recipe.tower).is_dir():
+            raise InputError(f"{recipe.tower}: there is no such folder with a vision tower")
+        llm, tokenizer = load_llm(EMBEDDED_LLM if recipe.llm == "embedded" else recipe.llm)
+        with no_library_progress_bars():
+            tower = CLIPMoEVisionModel.from_pretrained(recipe.tower)
+        model, processor = build_llava(
+            llm,
+            tokenizer,
+            tower,
+            AutoImageProcessor.from_pretrained(recipe.tower),
+            vision_feature_layer=recipe.vision_feature_layer,
+            seed=recipe.seed,
+        )
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    return model, processor
+
+
+def tower_features(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, data: InstructionData
+) -> np.ndarray:
+    """``(n, N, V)``: what the connector reads of every picture."""
+    layer = model.config.vision_feature_layer
+    if not isinstance(layer, int):
+        raise InputError(f"'vision_feature_layer' of the MLLM is {layer}, it must be one layer")
+    return cached_features(
+        model.model.vision_tower.eval(),
+        processor.image_processor,
+        data.open_images,
+        data.image_identities,
+        layer=layer,
+        drop_first=model.config.vision_feature_select_strategy == "default",
+    )
+
+
+def build_rows(
+    recipe: InstructionRecipe,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    samples: list[InstructionSample],
+) -> list[Row]:
+    """Token rows of the samples, in the recipe's template."""
+    num_image_tokens = model.config.image_seq_length
+    if recipe.template == "plain":
+        image_token_id = model.config.image_token_id
+        return [
+            plain_row(sample, processor.tokenizer, image_token_id, num_image_tokens)
+            for sample in samples
+        ]
+    prompts = ChatPrompts(processor, num_image_tokens)
+    return [chat_row(sample, prompts) for sample in samples]
+
+
+@dataclass
+class TrainableParts:
+    """What :func:`set_trainable` made: parameters by part, and the adapters to merge at the end."""
+
+    parameters: dict[str, list[nn.Parameter]]
+    num_parameters: dict[str, dict[str, int]]
+    adapters: "peft.LoraModel | None"
+
+    def merge(self) -> None:
+        """Add the adapters to the weights that they adapt; the model is then a plain one."""
+        if self.adapters is not None:
+            self.adapters.merge_and_unload()
+            self.adapters = None
+
+
+def set_trainable(
+    model: LlavaForConditionalGeneration, trainable: Trainable, seed: int = 0
+) -> TrainableParts:
+    """Freeze all but what the recipe names, and log what that leaves.
+
+    LoRA goes into the language model alone, never into its head; ``seed`` is of its adapters.
+    """
+    model.requires_grad_(False)
+    adapters = None
+    language_model = model.model.language_model
+    if trainable.connector.mode == "full":
+        model.model.multi_modal_projector.requires_grad_(True)
+    if trainable.llm.mode == "full":
+        language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    elif trainable.llm.mode == "lora":
+        adapters = inject_lora(language_model, trainable.llm, seed)
+    modules = {
+        "tower": [model.model.vision_tower],
+        "connector": [model.model.multi_modal_projector],
+        "llm": [language_model, model.lm_head],
+    }
+    parameters, counts = {}, {}
+    for part, members in modules.items():
+        # A head that is tied to the embeddings is one parameter.
+        every = {id(p): p for member in members for p in member.parameters()}.values()
+        trained = [p for p in every if p.requires_grad]
+        total, count = sum(p.numel() for p in every), sum(p.numel() for p in trained)
+        counts[part] = {"total": total, "trained": count}
+        logger.info("%s: %s of %s parameters train", part, f"{count:,}", f"{total:,}")
+        if trained:
+            parameters[part] = trained
+    if not parameters:
+        raise InputError("the recipe trains nothing: both parts of 'trainable' are frozen")
+    return TrainableParts(parameters, counts, adapters)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Every batch of a run, as row numbers, and the optimiser steps that they make."""
+
+    batches: list[list[int]]
+    steps: int
+
+
+def plan_run(recipe: InstructionRecipe, rows: list[Row]) -> RunPlan:
+    """Which rows each step sees, decided before the first, so that resuming is exact."""
+    if recipe.steps is None and recipe.epochs is None:
+        raise InputError("the recipe sets neither 'steps' nor 'epochs'")
+    lengths = [len(row) for row in rows]
+    planned = plan_batches(lengths, recipe.batch_rows, recipe.max_tokens_per_batch, recipe.seed)
+    per_step = recipe.gradient_accumulation * _num_processes()
+    if recipe.steps is not None:
+        chosen = itertools.islice(planned, recipe.steps * per_step)
+        return RunPlan([batch for _, batch in chosen], recipe.steps)
+    assert recipe.epochs is not None
+    batches = list(_first_rows(planned, round(recipe.epochs * len(rows))))
+    return RunPlan(batches, math.ceil(len(batches) / per_step))
+
+
+def _first_rows(planned: Iterator[tuple[int, list[int]]], num_rows: int) -> Iterator[list[int]]:
+    """Whole batches until ``num_rows`` rows, at least one, have been seen."""
+    seen = 0
+    for _, batch in planned:
+        yield batch
+        seen += len(batch)
+        if seen >= num_rows:
+            return
+
+
+def _num_processes() -> int:
+    from accelerate import PartialState
+
+    return PartialState().num_processes
+
+
+def _fit(
+    recipe: InstructionRecipe,
+    stage: Stage,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    parts: TrainableParts,
+    plan: RunPlan,
+    rows: list[Row],
+    features: np.ndarray,
+) -> list[dict[str, float]]:
+    rates = {"connector": recipe.trainable.connector.lr, "llm": recipe.trainable.llm.lr}
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rates[part]} for part, parameters in parts.parameters.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    history = fit(
+        InstructionModel(model),
+        BatchDataset(rows, plan.batches, features, processor.tokenizer.pad_token_id or 0),
+        optimizer,
+        learning_rate_schedule(
+            optimizer, recipe.schedule, math.ceil(recipe.warmup_ratio * plan.steps), plan.steps
+        ),
+        steps=plan.steps,
+        checkpoints=Path(f"{recipe.out}.checkpoints"),
+        fingerprint=stage.fingerprint,
+        description=stage.name,
+        seed=recipe.seed,
+        bf16=use_bf16(recipe.precision),
+        gradient_accumulation=recipe.gradient_accumulation,
+        max_grad_norm=recipe.max_grad_norm,
+        log_steps=recipe.log_steps,
+        save_steps=recipe.save_steps,
+        resume=recipe.resume == "auto",
+    )
+    model.eval()
+    return history

@@ -1,0 +1,201 @@
+"""The whole pipeline on embedded models and data, from a CLIP's first step to a measured MLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import joblib
+import psutil
+import torch
+
+from mllm.allocator import keep_freed_memory
+from mllm.evaluate import EvaluationConfig, evaluate_model
+from mllm.llm import embedded_llm_folder
+from mllm.model import load_mllm
+from mllm.tasks import get_task
+from mllm.versions import library_versions
+from train import contrastive, dmu, instruction, stages
+from train.clip_evaluation import evaluate_clip
+from train.config import load_recipe
+from train.recipe import ContrastiveRecipe, InstructionRecipe, UpcycleRecipe
+from train.report import write_report
+from train.stages import Stage, StageResult
+from vision_moe import atomic_write_text, load
+
+NUM_TEST_QUESTIONS = {"easy_vqa": 1000, "scenes": 500}
+NUM_TEST_PAIRS = 1000
+
+
+def run_quickstart(out: Path, seed: int = 0) -> dict[str, Any]:
+    """Train and measure everything below ``out``; stages that are whole are not run again.
+
+    Args:
+        out: Folder of the checkpoints, ``report.json`` and ``report.html``.
+        seed: Of the data, the models and the draws of test questions.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        InputError: ``out`` cannot be written, or holds a run with another configuration.
+    """
+    keep_freed_memory()
+    _say(f"Quickstart in {out}: base CLIP, CLIP-MoE, language model, evaluation, report.")
+    embedded_llm_folder()  # first: a missing network is noticed at once
+
+    done = {
+        "base_clip": _announce("1/5 base CLIP", lambda: _base_clip(out, seed)),
+        "upcycle": _announce("2/5 upcycling to a CLIP-MoE", lambda: _upcycle(out, seed)),
+        "pretrain": _announce("3/5 connector pretraining", lambda: _pretrain(out, seed)),
+        "finetune": _announce("4/5 instruction tuning", lambda: _finetune(out, seed)),
+    }
+    done["eval"] = _announce("5/5 evaluation", lambda: _evaluate(out, seed, done))
+    report = _assemble_report(out, seed, done)
+    atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_report(out, report)
+    click.echo(summary(report, out))
+    return report
+
+
+def _announce(title: str, run: Callable[[], StageResult]) -> StageResult:
+    _say(f"\n{title}")
+    result = run()
+    _say("already there" if result.skipped else f"done in {result.seconds:.0f} s")
+    return result
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _overrides(seed: int, **paths: Path) -> list[str]:
+    quoted = {key: json.dumps(os.fspath(path)) for key, path in paths.items()}
+    return [f"seed={seed}", *(f"{key}={path}" for key, path in quoted.items())]
+
+
+def _base_clip(out: Path, seed: int) -> StageResult:
+    recipe = load_recipe("quickstart_clip", _overrides(seed, out=out / "clip"))
+    assert isinstance(recipe, ContrastiveRecipe)
+    return contrastive.run_stage(recipe, "base CLIP")
+
+
+def _upcycle(out: Path, seed: int) -> StageResult:
+    paths = {"out": out / "clip_moe", "model": out / "clip"}
+    recipe = load_recipe("quickstart_clip_moe", _overrides(seed, **paths))
+    assert isinstance(recipe, UpcycleRecipe)
+    return dmu.run_stage(recipe, "router tuning")
+
+
+def _pretrain(out: Path, seed: int) -> StageResult:
+    paths = {"out": out / "pretrain", "tower": out / "clip_moe"}
+    recipe = load_recipe("quickstart_pretrain", _overrides(seed, **paths))
+    assert isinstance(recipe, InstructionRecipe)
+    return instruction.run_stage(recipe, "connector pretraining")
+
+
+def _finetune(out: Path, seed: int) -> StageResult:
+    paths = {"out": out / "mllm", "init_from": out / "pretrain"}
+    recipe = load_recipe("quickstart_finetune", _overrides(seed, **paths))
+    assert isinstance(recipe, InstructionRecipe)
+    return instruction.run_stage(recipe, "instruction tuning")
+
+
+def _evaluate(out: Path, seed: int, done: dict[str, StageResult]) -> StageResult:
+    config = {"questions": NUM_TEST_QUESTIONS, "pairs": NUM_TEST_PAIRS, "seed": seed}
+    inputs = [done[name].fingerprint for name in ("base_clip", "upcycle", "finetune")]
+    return stages.run(
+        Stage("evaluation", out / "eval", config, inputs),
+        lambda folder: _make_evaluation(out, seed, folder),
+    )
+
+
+def _make_evaluation(out: Path, seed: int, folder: Path) -> None:
+    clips = {
+        name: evaluate_clip(load(out / path), NUM_TEST_PAIRS, seed)
+        for name, path in (("dense", "clip"), ("clip_moe", "clip_moe"))
+    }
+    retrieval: dict[str, Any] = {name: clip["retrieval"] for name, clip in clips.items()}
+    retrieval["factors"] = {name: clip["factors"] for name, clip in clips.items()}
+    retrieval["num_pairs"] = NUM_TEST_PAIRS
+    (folder / "retrieval.json").write_text(json.dumps(retrieval, indent=2) + "\n")
+    model, processor = load_mllm(out / "mllm")
+    for name, num_questions in NUM_TEST_QUESTIONS.items():
+        for blank in (False, True):
+            _say(f"{name}, {num_questions} test questions{', blank pictures' * blank}")
+            config = EvaluationConfig(num_questions=num_questions, seed=seed, blank_images=blank)
+            evaluation = evaluate_model(model, processor, get_task(name), config, str(out / "mllm"))
+            evaluation.save(folder / (f"{name}-blank" if blank else name))
+
+
+def _assemble_report(out: Path, seed: int, done: dict[str, StageResult]) -> dict[str, Any]:
+    retrieval = json.loads((out / "eval" / "retrieval.json").read_text(encoding="utf-8"))
+    seconds = {name: round(result.seconds, 1) for name, result in done.items()}
+    return {
+        "seed": seed,
+        "versions": library_versions(),
+        "hardware": hardware(),
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+        "retrieval": {
+            name: {key: retrieval[name][key] for key in ("i2t_r1", "t2i_r1")}
+            for name in ("dense", "clip_moe")
+        },
+        "vqa": {name: _vqa_scores(out / "eval", name) for name in NUM_TEST_QUESTIONS},
+        "written": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _vqa_scores(folder: Path, name: str) -> dict[str, float]:
+    shown, blank = (
+        json.loads((folder / which / "scores.json").read_text(encoding="utf-8"))
+        for which in (name, f"{name}-blank")
+    )
+    return {
+        "accuracy": shown["metrics"]["accuracy"],
+        "blank_image_accuracy": blank["metrics"]["accuracy"],
+        "n": shown["n"],
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """What the run computed on."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": joblib.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def summary(report: dict[str, Any], out: Path) -> str:
+    """The closing table, and the commands to go on with."""
+    dense, moe = (report["retrieval"][name] for name in ("dense", "clip_moe"))
+    lines = [
+        "",
+        f"{'retrieval R@1, detailed captions':<40}{'dense CLIP':>12}{'CLIP-MoE':>16}",
+        _row("picture -> caption", dense["i2t_r1"], moe["i2t_r1"]),
+        _row("caption -> picture", dense["t2i_r1"], moe["t2i_r1"]),
+        "",
+        f"{'questions answered':<40}{'accuracy':>12}{'blank pictures':>16}",
+    ]
+    for name, score in report["vqa"].items():
+        label = f"{name} ({score['n']:,} test questions)"
+        lines.append(_row(label, score["accuracy"], score["blank_image_accuracy"]))
+    lines += [
+        "",
+        f"total {report['seconds']['total'] / 60:.1f} minutes; report: {out / 'report.html'}",
+        f'ask it:  mllm chat {out / "mllm"} --image PICTURE --question "what color is the shape?"',
+        f"look in: mllm inspect {out / 'clip_moe'}",
+    ]
+    return "\n".join(lines)
+
+
+def _row(label: str, first: float, second: float) -> str:
+    return f"{'  ' + label:<40}{first:>12.1%}{second:>16.1%}"

@@ -1,0 +1,212 @@
+"""Recipes as dataclasses: the only schema of what a YAML recipe may say.
+
+Light to import. Counts start with ``num_``; learning rates are peaks; paths are as the user typed
+them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, MinLen
+
+Positive = Annotated[int, Gt(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Precision = Literal["auto", "fp32", "bf16"]
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+class Strict:
+    """Validated by pydantic: a key that the dataclass does not have is an error."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
+
+@dataclass(kw_only=True)
+class Recipe(Strict):
+    """What every recipe says."""
+
+    out: str
+    """Folder that is written."""
+    seed: Annotated[int, Ge(0)] = 0
+
+
+@dataclass(kw_only=True)
+class ImageTextData(Strict):
+    """Image-text pairs for contrastive training."""
+
+    name: Literal["scenes", "jsonl", "csv"] = "scenes"
+    path: str | None = None
+    """``jsonl``, ``csv``: the file, with the fields ``image`` and ``caption``."""
+    image_folder: str | None = None
+    """``jsonl``, ``csv``: where the pictures' paths start; the file's own folder by default."""
+    num_pairs: Positive | None = None
+    """The first so many; of files all by default, of scenes 4,000."""
+    split: Literal["train", "validation", "test", "compositional"] = "train"
+    """``scenes``."""
+    caption: Literal["coarse", "detailed"] = "coarse"
+    """``scenes``: the main object as the web names it, or every factor."""
+    detail_probability: Share = 0.1
+    """``scenes``: how often a coarse caption tells each fact beyond the main object."""
+    world: dict[str, Any] = field(default_factory=dict)
+    """``scenes``: keyword arguments of ``mllm.scenes.SceneWorld``."""
+
+
+@dataclass(kw_only=True)
+class ContrastiveTraining(Strict):
+    """One contrastive training run: AdamW, linear warm-up, cosine to zero."""
+
+    steps: Positive
+    batch_size: Annotated[int, Ge(2)] = 256
+    lr: PositiveFloat
+    weight_decay: NonNegative = 0.2
+    warmup_steps: Annotated[int, Ge(0)] = 50
+    label_smoothing: Share = 0.0
+    logit_scale: PositiveFloat | None = None
+    """Fixed inverse temperature; the model's own, trained where all parameters train, if null."""
+
+
+@dataclass(kw_only=True)
+class RouterTraining(ContrastiveTraining):
+    """Tuning the routers, with the balance loss of every block."""
+
+    balance: NonNegative = 0.01
+    """Weight of the balance loss."""
+
+
+@dataclass(kw_only=True)
+class ContrastiveRecipe(Recipe):
+    """A dense CLIP, trained from scratch or from pretrained weights."""
+
+    kind: Literal["contrastive"] = "contrastive"
+    model: dict[str, Any] | str
+    """A CLIP folder, a name of open_clip's, or a configuration as in its ``model_configs``."""
+    pretrained: str | None = None
+    """open_clip's tag of the weights to start from; random weights without."""
+    data: ImageTextData = field(default_factory=ImageTextData)
+    training: ContrastiveTraining
+    precision: Precision = "auto"
+    save_steps: Positive | None = None
+    """Write a checkpoint every so many steps, until the stage is done."""
+
+
+@dataclass(kw_only=True)
+class UpcycleRecipe(Recipe):
+    """Diversified multiplet upcycling (arXiv 2409.19291): a dense CLIP becomes a CLIP-MoE."""
+
+    kind: Literal["upcycle"] = "upcycle"
+    model: dict[str, Any] | str
+    """A CLIP folder, a name that open_clip knows, or an open_clip configuration."""
+    pretrained: str | None = None
+    data: ImageTextData = field(default_factory=lambda: ImageTextData(caption="detailed"))
+    num_experts: Annotated[int, Ge(2)] = 4
+    """The base and one expert for each stage."""
+    top_k: Positive = 2
+    num_clusters: Annotated[int, Ge(2)] = 3
+    """K, for each modality and stage."""
+    stage_init: Literal["base", "previous"] = "previous"
+    """Where a stage's networks start: the paper says ``previous``, its code ``base``."""
+    global_share: Share = 0.0
+    """Share of a stage's pairs in ordinary random batches."""
+    stage: ContrastiveTraining
+    router: RouterTraining
+    precision: Precision = "auto"
+    save_steps: Positive | None = None
+    """Write a checkpoint every so many steps, until the stage is done."""
+
+
+@dataclass(kw_only=True)
+class InstructionSource(Strict):
+    """Pictures with what is said, or asked and answered, about them."""
+
+    name: Literal["scenes_captions", "scenes_questions", "easy_vqa", "llava_json"]
+    path: str | None = None
+    """``llava_json``: the file. ``easy_vqa``: a folder instead of the installed package's."""
+    image_folder: str | None = None
+    """``llava_json``: where relative picture paths start; the file's own folder by default."""
+    split: str = "train"
+    num_images: Positive | None = None
+    """Drawn with the seed; all of them by default. Scenes are made to order: it must be given."""
+    questions_per_image: Positive | None = None
+    """Drawn with the seed; all of them by default."""
+    image_size: Positive = 64
+    """``scenes_*``: side in pixels."""
+    world: dict[str, Any] = field(default_factory=dict)
+    """``scenes_*``: keyword arguments of ``mllm.scenes.SceneWorld``."""
+
+
+@dataclass(kw_only=True)
+class ConnectorTraining(Strict):
+    mode: Literal["full", "frozen"] = "full"
+    lr: PositiveFloat = 1e-3
+
+
+@dataclass(kw_only=True)
+class LLMTraining(Strict):
+    mode: Literal["frozen", "lora", "full"] = "frozen"
+    lr: PositiveFloat = 2e-4
+    r: Positive = 16
+    """LoRA: rank."""
+    alpha: PositiveFloat = 32
+    """LoRA: the update is scaled by ``alpha / r``."""
+    dropout: Annotated[float, Ge(0), Le(0.9)] = 0.0
+    target: Literal["all-linear"] | Annotated[list[str], MinLen(1)] = "all-linear"
+    """LoRA: names of the linear layers that get an adapter."""
+
+
+@dataclass(kw_only=True)
+class Trainable(Strict):
+    """What trains; the vision tower is frozen."""
+
+    connector: ConnectorTraining = field(default_factory=ConnectorTraining)
+    llm: LLMTraining = field(default_factory=LLMTraining)
+
+
+@dataclass(kw_only=True)
+class InstructionRecipe(Recipe):
+    """An MLLM: connector pretraining on captions, or instruction tuning."""
+
+    kind: Literal["instruction"] = "instruction"
+    llm: str = "embedded"
+    """``embedded`` (SmolLM2-135M-Instruct), a folder, or a name on the model hub."""
+    tower: str | None = None
+    """CLIP-MoE folder; with ``init_from`` it replaces that model's tower."""
+    init_from: str | None = None
+    """An MLLM folder to go on from; ``llm`` and ``connector_start`` are then unused."""
+    vision_feature_layer: int = -2
+    connector_start: Literal["ridge", "random"] = "random"
+    """``ridge``: solved in closed form from the first words before any gradient step."""
+
+    template: Literal["chat", "plain"] = "chat"
+    """``plain`` (LLaVA pretraining): picture, then answer; questions are discarded."""
+    data: Annotated[list[InstructionSource], MinLen(1)]
+
+    trainable: Trainable = field(default_factory=Trainable)
+    batch_rows: Positive = 16
+    """At most so many pictures in a batch of one process."""
+    max_tokens_per_batch: Positive = 4096
+    """At most so many tokens, padding included, in a batch of one process."""
+    gradient_accumulation: Positive = 1
+    epochs: PositiveFloat | None = 1.0
+    steps: Positive | None = None
+    """Optimiser steps; takes precedence over ``epochs``."""
+    schedule: Schedule = "cosine"
+    warmup_ratio: Share = 0.03
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    precision: Precision = "auto"
+    """``auto``: bf16 autocast where the processor computes it natively, fp32 elsewhere."""
+
+    log_steps: Positive = 5
+    save_steps: Positive | None = None
+    """Write a checkpoint every so many steps, beside ``out``, until the run is done."""
+    resume: Literal["auto", "never"] = "auto"
+    """``auto``: go on from the newest whole checkpoint of this recipe."""
+
+
+RECIPE_KINDS: dict[str, type[Recipe]] = {
+    "contrastive": ContrastiveRecipe,
+    "upcycle": UpcycleRecipe,
+    "instruction": InstructionRecipe,
+}

@@ -1,0 +1,83 @@
+"""CLIP-MoE: a CLIP whose feed-forward networks are mixtures of experts (arXiv 2409.19291).
+
+Importing the package registers its classes with transformers' Auto* classes.
+"""
+
+from transformers import AutoConfig, AutoModel
+
+from vision_moe.checkpoint import load, save
+from vision_moe.clustering import accumulate_labels, num_occupied_clusters, stage_labels
+from vision_moe.configuration import OPENAI_PREPROCESS, CLIPMoEConfig, CLIPMoEVisionConfig
+from vision_moe.errors import InputError
+from vision_moe.files import atomic_directory, atomic_write_text, sha256_file
+from vision_moe.losses import contrastive_loss
+from vision_moe.modeling import (
+    CLIPMoEModel,
+    CLIPMoEOutput,
+    CLIPMoEVisionModel,
+    CLIPMoEVisionOutput,
+)
+from vision_moe.moe import MoEFeedForward, load_balancing_loss
+from vision_moe.preprocessing import open_image, to_rgb
+from vision_moe.retrieval import encode_pairs, retrieval_recall
+from vision_moe.routing import (
+    RoutingRecord,
+    fixed_mixture,
+    force_expert,
+    moe_layers,
+    record_routing,
+    uniform_routing,
+)
+from vision_moe.sampler import ClusterBatchSampler
+from vision_moe.surgery import (
+    FFNSite,
+    ffn_state_dict,
+    find_ffns,
+    insert_moe,
+    load_ffn_state_dict,
+    upcycle,
+)
+
+AutoConfig.register(CLIPMoEConfig.model_type, CLIPMoEConfig)
+AutoConfig.register(CLIPMoEVisionConfig.model_type, CLIPMoEVisionConfig)
+AutoModel.register(CLIPMoEConfig, CLIPMoEModel)
+AutoModel.register(CLIPMoEVisionConfig, CLIPMoEVisionModel)
+
+__all__ = [
+    "OPENAI_PREPROCESS",
+    "CLIPMoEConfig",
+    "CLIPMoEModel",
+    "CLIPMoEOutput",
+    "CLIPMoEVisionConfig",
+    "CLIPMoEVisionModel",
+    "CLIPMoEVisionOutput",
+    "ClusterBatchSampler",
+    "FFNSite",
+    "InputError",
+    "MoEFeedForward",
+    "RoutingRecord",
+    "accumulate_labels",
+    "atomic_directory",
+    "atomic_write_text",
+    "contrastive_loss",
+    "encode_pairs",
+    "ffn_state_dict",
+    "find_ffns",
+    "fixed_mixture",
+    "force_expert",
+    "insert_moe",
+    "load",
+    "load_balancing_loss",
+    "load_ffn_state_dict",
+    "moe_layers",
+    "num_occupied_clusters",
+    "open_image",
+    "record_routing",
+    "retrieval_recall",
+    "save",
+    "sha256_file",
+    "stage_labels",
+    "to_rgb",
+    "uniform_routing",
+    "upcycle",
+]

@@ -1,0 +1,98 @@
+"""CLIP-MoE folders: config.json, model.safetensors, preprocessor_config.json.
+
+The tokenizer is open_clip's, described by ``open_clip_config.text_cfg`` in config.json. Weights are
+safetensors, never pickles.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vision_moe.configuration import CLIPMoEConfig, CLIPMoEVisionConfig
+from vision_moe.errors import InputError
+from vision_moe.files import atomic_directory
+from vision_moe.modeling import CLIPMoEModel
+from vision_moe.preprocessing import image_processor_config
+
+WEIGHTS = "model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def load(folder: str | os.PathLike[str]) -> CLIPMoEModel:
+    """Read a CLIP, dense or MoE, with both towers, in evaluation mode.
+
+    Raises:
+        InputError: the folder is missing, damaged, or not one of ours.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    try:
+        with torch.device("meta"):
+            expected = {k: tuple(v.shape) for k, v in CLIPMoEModel(config).state_dict().items()}
+    except Exception as error:
+        path = folder / "config.json"
+        raise InputError(f"{path}: no model can be built from it ({error})") from error
+    _check_weights(folder, expected)
+    return CLIPMoEModel.from_pretrained(folder)
+
+
+def save(model: CLIPMoEModel, folder: str | os.PathLike[str]) -> None:
+    """Write a model, whole or not at all; an existing folder of that name is replaced."""
+    config = model.config
+    assert config.open_clip_config is not None and config.preprocess is not None
+    image_size = config.open_clip_config["vision_cfg"].get("image_size", 224)
+    processor = image_processor_config(image_size, **config.preprocess)
+    with atomic_directory(folder) as aside:
+        try:
+            # One file, whatever its size: `load` reads no index.
+            model.save_pretrained(aside, max_shard_size="1000GB")
+        except SafetensorError as error:
+            raise InputError(f"{folder}: the weights cannot be written ({error})") from error
+        (aside / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def _read_config(folder: Path) -> CLIPMoEConfig:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: not a CLIP-MoE folder, it has no config.json") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type == CLIPMoEVisionConfig.model_type:
+        raise InputError(
+            f"{folder}: holds a vision tower alone; CLIPMoEVisionModel.from_pretrained reads it"
+        )
+    if model_type != CLIPMoEConfig.model_type:
+        raise InputError(f"{path}: model_type is {model_type!r}, not {CLIPMoEConfig.model_type!r}")
+    try:
+        return CLIPMoEConfig.from_dict(content)
+    except Exception as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _check_weights(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
+        found = f", and {pickles[0]} is a pickle, which is not read" if pickles else ""
+        raise InputError(f"{folder}: {WEIGHTS} is missing{found}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from error
+    for key in sorted(expected.keys() - stored.keys()):
+        raise InputError(f"{path}: {key} is missing")
+    for key in sorted(stored.keys() - expected.keys()):
+        raise InputError(f"{path}: {key} does not belong to the model in config.json")
+    for key, shape in expected.items():
+        if stored[key] != shape:
+            raise InputError(f"{path}: {key} has shape {stored[key]}, config.json says {shape}")

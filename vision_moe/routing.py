@@ -1,0 +1,106 @@
+"""Watching and controlling the routers of a model.
+
+B batch, L tokens of a sequence, E experts.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_moe.moe import MoEFeedForward
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoEFeedForward]:
+    """The model's MoE layers by qualified name, in the order of the modules."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)
+    }
+
+
+@dataclass
+class RoutingRecord:
+    """What the routers said in the latest forward pass.
+
+    ``router_logits`` maps the name of a MoE layer to ``(B, L, E)`` logits, in the graph when the
+    forward pass was; ``top_k`` maps it to its K. A layer that has not run is absent.
+    """
+
+    router_logits: dict[str, Tensor] = field(default_factory=dict)
+    top_k: dict[str, int] = field(default_factory=dict)
+
+    def expert_load(self) -> dict[str, Tensor]:
+        """For each layer the share ``(E,)`` of its K*T choices that fell on each expert."""
+        loads = {}
+        for name, logits in self.router_logits.items():
+            chosen = logits.detach().topk(self.top_k[name], dim=-1).indices.reshape(-1)
+            counts = torch.bincount(chosen, minlength=logits.shape[-1])
+            loads[name] = counts.float() / max(chosen.numel(), 1)
+        return loads
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+    """Record the router logits of every MoE layer while the block lasts.
+
+    Only forward passes of the calling thread are recorded, so that requests served side by side do
+    not mix.
+    """
+    record = RoutingRecord()
+    thread = threading.get_ident()
+
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if threading.get_ident() == thread:
+                record.router_logits[name] = output
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in moe_layers(model).items():
+            record.top_k[name] = layer.top_k
+            stack.callback(layer.router.register_forward_hook(hook_for(name)).remove)
+        yield record
+
+
+@contextmanager
+def fixed_mixture(model: nn.Module, mixture: Sequence[float]) -> Iterator[None]:
+    """Let every MoE layer return ``sum_j mixture[j] * expert_j(x)``, whatever its router says."""
+    layers = list(moe_layers(model).values())
+    for layer in layers:
+        if len(mixture) != layer.num_experts or not any(mixture):
+            raise ValueError(f"mixture {list(mixture)} for {layer.num_experts} experts")
+    previous = [layer.fixed_mixture for layer in layers]
+    try:
+        for layer in layers:
+            layer.fixed_mixture = tuple(float(weight) for weight in mixture)
+        yield
+    finally:
+        for layer, mixture_before in zip(layers, previous, strict=True):
+            layer.fixed_mixture = mixture_before
+
+
+def _num_experts(model: nn.Module) -> int:
+    return next((layer.num_experts for layer in moe_layers(model).values()), 1)
+
+
+@contextmanager
+def force_expert(model: nn.Module, expert: int) -> Iterator[None]:
+    """Every token goes to one expert alone, in every MoE layer. No effect on a dense model."""
+    num_experts = _num_experts(model)
+    if not 0 <= expert < num_experts:
+        raise ValueError(f"expert {expert} of {num_experts}: the first is 0")
+    with fixed_mixture(model, [float(j == expert) for j in range(num_experts)]):
+        yield
+
+
+@contextmanager
+def uniform_routing(model: nn.Module) -> Iterator[None]:
+    """Every token goes to all experts with equal weight: the router has no say."""
+    num_experts = _num_experts(model)
+    with fixed_mixture(model, [1.0 / num_experts] * num_experts):
+        yield
