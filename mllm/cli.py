@@ -7,6 +7,7 @@ the traceback instead. Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -22,9 +23,11 @@ _FAULT, _INTERRUPTED = 2, 130
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """Upcycle a CLIP into a CLIP-MoE, and build, train and question MLLMs that see with it."""
-    # Read before transformers is imported: its advice is not about the user's input.
+    # Before the libraries are imported: their advice is not about the user's input.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if debug else "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @cli.command()
@@ -138,8 +141,8 @@ def inspect(checkpoint: str, images: tuple[Path, ...], out: Path | None) -> None
 
     inspection = inspect_checkpoint(checkpoint, images)
     out = out or Path(f"{Path(checkpoint).resolve().name}-inspect.png")
-    draw(inspection, out)
     click.echo(inspection.table())
+    draw(inspection, out)
     click.echo(f"picture written to {out}", err=True)
 
 

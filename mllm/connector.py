@@ -21,7 +21,7 @@ def ridge_start(
     projector: LlavaMultiModalProjector,
     features: Tensor,
     targets: Tensor,
-    ridge: float = 1e-3,
+    ridge: float = 3e-2,
     seed: int = 0,
     output_rms: float | None = None,
 ) -> float:

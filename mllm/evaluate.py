@@ -17,7 +17,7 @@ from mllm.model import load_mllm
 from mllm.prompts import ChatPrompts
 from mllm.tasks import Task, get_task
 from mllm.versions import library_versions
-from vision_moe import InputError, atomic_write_text
+from vision_moe import InputError, atomic_write_text, writable_folder
 
 _GRAY = (128, 128, 128)
 
@@ -43,6 +43,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"the batch size is {self.batch_size} and must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"the seed is {self.seed} and must not be negative")
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ class Evaluation:
 
     def save(self, folder: str | Path) -> None:
         """Write both files; the scores come last, so that where they are, all is."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = writable_folder(folder)
         lines = [json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.predictions]
         atomic_write_text(folder / "predictions.jsonl", "".join(lines))
         scores = json.dumps(self.scores, indent=2, ensure_ascii=False) + "\n"
@@ -85,6 +86,8 @@ def evaluate_checkpoint(
     """Evaluate a saved MLLM and write the result to ``out``."""
     task = get_task(task_name, data)
     model, processor = load_mllm(checkpoint)
+    if out is not None:
+        writable_folder(out)
     evaluation = evaluate_model(model, processor, task, config, checkpoint=str(checkpoint))
     if out is not None:
         evaluation.save(out)

@@ -5,6 +5,7 @@ E experts, K top-k.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,14 @@ from transformers import LlavaForConditionalGeneration
 import vision_moe
 from mllm.model import load_mllm
 from mllm.scenes import ScenesDataset, SceneWorld
-from vision_moe import CLIPMoEModel, InputError, MoEFeedForward, open_image, record_routing
+from vision_moe import (
+    CLIPMoEModel,
+    InputError,
+    MoEFeedForward,
+    atomic_write_bytes,
+    open_image,
+    record_routing,
+)
 
 _NUM_SCENES = 16
 
@@ -53,16 +61,22 @@ class Inspection:
     def table(self) -> str:
         """Parameters by part, then the load of each block, as text."""
         width = max(len(part.name) for part in self.parts)
-        lines = [f"{'part':<{width}}  {'parameters':>13}  {'active':>13}"]
-        lines += [f"{p.name:<{width}}  {p.total:>13,}  {p.active:>13,}" for p in self.parts]
+        lines = [f"{'part':<{width}}  {'parameters':>13}  {'active for one token':>20}"]
+        lines += [f"{p.name:<{width}}  {p.total:>13,}  {p.active:>20,}" for p in self.parts]
         if not self.blocks:
             return "\n".join([*lines, "", "no experts: a dense model"])
         width = max(len(block.name) for block in self.blocks)
-        experts = "  ".join(f"{f'expert {e}':>8}" for e in range(self.blocks[0].num_experts))
-        lines += ["", f"{'routing load':<{width}}  top-k  {experts}"]
+        num_experts, top_k = self.blocks[0].num_experts, self.blocks[0].top_k
+        experts = "  ".join(f"{f'expert {e}':>8}" for e in range(num_experts))
+        lines += [
+            "",
+            f"routing load: each token goes to {top_k} of {num_experts} experts;"
+            f" the share of these choices that each got (even: {1 / num_experts:.1%})",
+            f"{'':<{width}}  {experts}",
+        ]
         for block in self.blocks:
             shares = "  ".join(f"{share:>8.1%}" for share in block.load)
-            lines.append(f"{block.name:<{width}}  {block.top_k:>5}  {shares}")
+            lines.append(f"{block.name:<{width}}  {shares}")
         return "\n".join(lines)
 
 
@@ -183,7 +197,7 @@ def draw(inspection: Inspection, file: str | Path) -> None:
     sizes.legend()
     for axes in heatmap:
         loads = [block.load for block in blocks]
-        picture = axes.imshow(loads, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        heat = axes.imshow(loads, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axes.set_xticks(range(blocks[0].num_experts))
         axes.set_yticks(range(len(blocks)), [block.name for block in blocks])
         axes.set_xlabel("expert")
@@ -192,10 +206,11 @@ def draw(inspection: Inspection, file: str | Path) -> None:
             for expert, share in enumerate(load):
                 color = "white" if share > 0.5 else "black"
                 axes.text(expert, row, f"{share:.0%}", ha="center", va="center", color=color)
-        figure.colorbar(picture, ax=axes)
+        figure.colorbar(heat, ax=axes)
     figure.suptitle(Path(inspection.name).name)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
     try:
-        figure.savefig(file, dpi=120)
+        figure.savefig(picture, dpi=120, format=Path(file).suffix[1:] or "png")
     except ValueError as error:  # a file type that matplotlib does not write
         raise InputError(f"'{file}': {error}") from error
+    atomic_write_bytes(file, picture.getvalue())

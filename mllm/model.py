@@ -28,8 +28,7 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mllm.chat_template import IMAGE_TOKEN, multimodal_chat_template
-from mllm.quiet import no_library_progress_bars
-from vision_moe import CLIPMoEVisionModel, InputError, atomic_directory
+from vision_moe import CLIPMoEVisionModel, InputError, atomic_directory, no_library_progress_bars
 
 
 def build_llava(

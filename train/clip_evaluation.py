@@ -57,8 +57,9 @@ def _factor_accuracy(
             captions.append(detailed_caption(changed))
     if not captions:
         return float("nan")
-    tokens = model.trim_tokens(model.tokenizer(captions)).to(model.device)
+    tokens = model.tokenizer(captions).to(model.device)
     with attention_kernel(model.device, tokens.shape[1]):
-        text = model.encode_text(tokens, normalize=True).float().cpu()
-    wrong = (unit_image[numbers] * text).sum(-1)
+        text = model.encode_text_by_length(tokens).float().cpu()
+    unit_text = torch.nn.functional.normalize(text, dim=-1)
+    wrong = (unit_image[numbers] * unit_text).sum(-1)
     return float((own[numbers] > wrong).float().mean())

@@ -16,6 +16,7 @@ from train import stages
 from train.attention import attention_kernel
 from train.config import recipe_dict, save_resolved
 from train.engine import fit
+from train.optimizers import build_optimizer
 from train.pairs import PairBatches, Pairs, load_pairs, random_batches
 from train.precision import use_bf16
 from train.recipe import (
@@ -74,8 +75,13 @@ class ContrastiveModel(nn.Module):
         Returns:
             ``loss``, a scalar.
         """
-        with attention_kernel(pixel_values.device, input_ids.shape[1]):
-            output = self.clip(pixel_values=pixel_values, input_ids=input_ids)
+        with attention_kernel(pixel_values.device, longest_sequence(self.clip)):
+            if self.balance:
+                output = self.clip(pixel_values=pixel_values, input_ids=input_ids)
+                image, text = output.image_features, output.text_features
+            else:
+                image = self.clip.encode_image(pixel_values)
+                text = self.clip.encode_text_by_length(input_ids)
         scale = (
             self.clip.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
             if self.logit_scale is None
@@ -83,8 +89,8 @@ class ContrastiveModel(nn.Module):
         )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         loss = contrastive_loss(
-            output.image_features,
-            output.text_features,
+            image,
+            text,
             scale,
             label_smoothing=self.label_smoothing,
             world_size=torch.distributed.get_world_size() if distributed else 1,
@@ -93,6 +99,17 @@ class ContrastiveModel(nn.Module):
         if self.balance:
             loss = loss + self.balance * load_balancing_loss(output.router_logits)
         return {"loss": loss}
+
+
+def longest_sequence(clip: CLIPMoEModel) -> int:
+    """Tokens of the longer of a picture and the longest text."""
+    patch = clip.config.vision_config.patch_size
+    assert clip.config.open_clip_config is not None
+    context = clip.config.open_clip_config["text_cfg"].get("context_length", 77)
+    size = clip.config.vision_config.image_size
+    if not isinstance(patch, int) or not isinstance(size, int):
+        return context
+    return max((size // patch) ** 2 + 1, context)
 
 
 def train_contrastive(
@@ -126,17 +143,7 @@ def train_contrastive(
     clip.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    # Norms, biases and the temperature do not decay (as in open_clip).
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.lr,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizer = build_optimizer(clip.named_parameters(), training)
     history = fit(
         ContrastiveModel(clip, training).train(),
         PairBatches(pairs, batches, clip),

@@ -29,6 +29,7 @@ from train.contrastive import (
     RECIPE_FILE,
     configuration,
     data_inputs,
+    longest_sequence,
     model_inputs,
     start_model,
     train_contrastive,
@@ -173,20 +174,21 @@ def encode_all(
 ) -> tuple[Tensor, Tensor]:
     """Image and text features of all pairs, ``(M, D)`` each, fp32 on the CPU."""
     device = model.device
+    by_length = pairs.tokens.ne(0).sum(1).argsort(stable=True)
     image, text = [], []
-    numbers = np.arange(len(pairs.tokens))
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision)),
-        attention_kernel(device, pairs.tokens.shape[1]),
-        tqdm(total=len(numbers), desc="encoding pairs", unit="pair", delay=2) as bar,
+        attention_kernel(device, longest_sequence(model)),
+        tqdm(total=len(by_length), desc="encoding pairs", unit="pair", delay=2) as bar,
     ):
-        for start in range(0, len(numbers), batch_size):
-            chosen = numbers[start : start + batch_size]
-            tokens = model.trim_tokens(pairs.tokens[torch.from_numpy(chosen)])
-            image.append(model.encode_image(pairs.pixel_values(chosen).to(device)).float().cpu())
+        for chosen in by_length.split(batch_size):
+            pixel_values = pairs.pixel_values(chosen.numpy())
+            tokens = model.trim_tokens(pairs.tokens[chosen])
+            image.append(model.encode_image(pixel_values.to(device)).float().cpu())
             text.append(model.encode_text(tokens.to(device)).float().cpu())
             bar.update(len(chosen))
-    return torch.cat(image), torch.cat(text)
+    back = by_length.argsort()
+    return torch.cat(image)[back], torch.cat(text)[back]
 
 
 def _batches(sampler: ClusterBatchSampler, steps: int) -> list[np.ndarray]:

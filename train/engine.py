@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,10 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None and logs and "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        assert self.bar is not None
-        self.bar.close()
+    def close(self) -> None:
+        """End the bar's line: also where training was cut short and a message follows."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class WholeCheckpointTrainer(Trainer):
@@ -180,16 +179,17 @@ def fit(
         disable_tqdm=True,
         report_to="none",
     )
+    progress = ProgressBar(description)
     trainer = WholeCheckpointTrainer(
         model=model,
         args=arguments,
         train_dataset=batches,
         data_collator=only_item,
         optimizers=(optimizer, scheduler),
-        callbacks=[ProgressBar(description)],
+        callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
-    with _quiet_libraries():
+    with _quiet_libraries(), closing(progress):
         trainer.train(resume_from_checkpoint=last)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return [entry for entry in trainer.state.log_history if "loss" in entry]

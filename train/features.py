@@ -8,7 +8,8 @@ n pictures, N tokens of a picture, V width of the tower.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,11 @@ def cached_features(
         # Another process that wants the same waits, and then finds it.
         with FileLock(root / f"{key}.lock"):
             if not folder.is_dir():
-                with atomic_directory(folder) as aside:
-                    batches = _encode(
-                        tower, image_processor, open_images, layer, drop_first, batch_size
-                    )
+                encoded = _encode(
+                    tower, image_processor, open_images, layer, drop_first, batch_size
+                )
+                # Closed, its progress bar too, where it cannot be written to the end.
+                with atomic_directory(folder) as aside, closing(encoded) as batches:
                     _write(aside / _FILE, batches, len(open_images), np.dtype(dtype))
     features: np.ndarray = np.load(folder / _FILE, mmap_mode="r")
     return features
@@ -100,7 +102,7 @@ def _encode(
     layer: int,
     drop_first: bool,
     batch_size: int,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Yield ``(b, N, V)`` for one batch of pictures after another."""
     weight = next(tower.parameters())
     with tqdm(total=len(open_images), desc="tower features", unit="img", mininterval=0.5) as bar:

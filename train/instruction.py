@@ -25,7 +25,6 @@ from transformers import (
 from mllm.llm import EMBEDDED_LLM, load_llm
 from mllm.model import build_llava, load_mllm, replace_vision_tower, save_mllm
 from mllm.prompts import ChatPrompts
-from mllm.quiet import no_library_progress_bars
 from train import stages
 from train.config import recipe_dict, save_resolved
 from train.connector_start import start_connector
@@ -46,7 +45,7 @@ from train.precision import use_bf16
 from train.recipe import InstructionRecipe, Trainable
 from train.schedule import learning_rate_schedule
 from train.stages import Stage, StageResult
-from vision_moe import CLIPMoEVisionModel, InputError
+from vision_moe import CLIPMoEVisionModel, InputError, no_library_progress_bars
 
 if TYPE_CHECKING:
     import peft
@@ -138,6 +137,7 @@ def load_model(
             tower,
             AutoImageProcessor.from_pretrained(recipe.tower),
             vision_feature_layer=recipe.vision_feature_layer,
+            vision_feature_select_strategy=recipe.vision_feature_select_strategy,
             seed=recipe.seed,
         )
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]

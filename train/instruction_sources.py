@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 
 from mllm.easy_vqa import EasyVQA
-from mllm.scenes import ScenesDataset, SceneWorld
+from mllm.scenes import ScenesDataset
 from train.instruction_data import InstructionSample
 from train.recipe import InstructionSource
+from train.scene_world import scene_world
 from vision_moe import InputError, open_image, sha256_file
 
 CAPTION_REQUEST = "Describe the picture."
@@ -65,12 +66,12 @@ def load_sources(sources: Sequence[InstructionSource], seed: int) -> Instruction
 def _scenes(source: InstructionSource, seed: int) -> tuple[ScenesDataset, InstructionData]:
     if source.num_images is None:
         raise InputError(f"data source '{source.name}': 'num_images' is missing")
+    world = scene_world(source.world, "data.world")
     try:
-        world = SceneWorld(**source.world)
         scenes = ScenesDataset(
             world, source.split, source.num_images, seed, image_size=source.image_size
         )
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"data source '{source.name}': {error}") from error
     # A few pictures stand for the renderer itself: when it changes, so do they.
     probes = hashlib.sha256()
@@ -133,7 +134,7 @@ def _llava_json(source: InstructionSource, seed: int) -> InstructionData:
         records = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(records, list):
+    if not isinstance(records, list) or not records:
         raise InputError(f"{file}: holds no list of records")
     folder = Path(source.image_folder) if source.image_folder else file.parent
     chosen = _draw(range(len(records)), source.num_images, [seed])

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from mllm.scenes import ScenesDataset, SceneWorld, render_pictures
+from mllm.scenes import ScenesDataset, render_pictures
 from train.recipe import ImageTextData
+from train.scene_world import scene_world
 from vision_moe import CLIPMoEModel, InputError, open_image
 
 
@@ -104,12 +105,12 @@ def scenes_dataset(data: ImageTextData, model: CLIPMoEModel, seed: int) -> Scene
         if height != width:
             raise InputError(f"scenes are square, but the model takes pictures of {width}x{height}")
         size = height
+    world = scene_world(data.world, "data.world")
     try:
-        world = SceneWorld(**data.world)
         return ScenesDataset(
             world, data.split, data.num_pairs or 4000, seed, size, data.detail_probability
         )
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"'data.world': {error}") from error
 
 
@@ -138,7 +139,8 @@ def _read_records(path: Path, form: str, root: Path) -> Iterator[tuple[Path, str
                 record = row if isinstance(row, dict) else _parse(row, where)
                 yield _picture(record, root, where), _text(record, "caption", where)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason})") from error
     except csv.Error as error:
         raise InputError(f"{path}, record {number + 1}: not CSV ({error})") from error
 

@@ -7,9 +7,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import joblib
@@ -25,21 +26,51 @@ from mllm.versions import library_versions
 from train import contrastive, dmu, instruction, stages
 from train.clip_evaluation import evaluate_clip
 from train.config import load_recipe
-from train.recipe import ContrastiveRecipe, InstructionRecipe, UpcycleRecipe
+from train.recipe import ContrastiveRecipe, InstructionRecipe, Recipe, UpcycleRecipe
 from train.report import write_report
 from train.stages import Stage, StageResult
 from vision_moe import atomic_write_text, load
 
-NUM_TEST_QUESTIONS = {"easy_vqa": 1000, "scenes": 500}
-NUM_TEST_PAIRS = 1000
+R = TypeVar("R", bound=Recipe)
 
 
-def run_quickstart(out: Path, seed: int = 0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained and measured.
+
+    Args:
+        num_test_questions: By task; each question is asked with its picture and with a blank one.
+        num_test_pairs: Candidates of the retrieval.
+        overrides: By recipe: ``key=value`` over what it says.
+    """
+
+    num_test_questions: Mapping[str, int] = field(
+        default_factory=lambda: {"easy_vqa": 1000, "scenes": 500}
+    )
+    num_test_pairs: int = 1000
+    overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+FULL_SCALE = Scale()
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """One for each stage that trains."""
+
+    clip: ContrastiveRecipe
+    clip_moe: UpcycleRecipe
+    pretrain: InstructionRecipe
+    finetune: InstructionRecipe
+
+
+def run_quickstart(out: Path, seed: int = 0, scale: Scale = FULL_SCALE) -> dict[str, Any]:
     """Train and measure everything below ``out``; stages that are whole are not run again.
 
     Args:
         out: Folder of the checkpoints, ``report.json`` and ``report.html``.
         seed: Of the data, the models and the draws of test questions.
+        scale: How much is trained and measured.
 
     Returns:
         What ``report.json`` holds.
@@ -49,20 +80,59 @@ def run_quickstart(out: Path, seed: int = 0) -> dict[str, Any]:
     """
     keep_freed_memory()
     _say(f"Quickstart in {out}: base CLIP, CLIP-MoE, language model, evaluation, report.")
-    embedded_llm_folder()  # first: a missing network is noticed at once
+    recipes = quickstart_recipes(out, seed, scale)
+    if recipes.pretrain.llm == "embedded":
+        embedded_llm_folder()  # first: a missing network is noticed at once
+
+    def base_clip() -> StageResult:
+        return contrastive.run_stage(recipes.clip, "base CLIP")
+
+    def upcycle() -> StageResult:
+        return dmu.run_stage(recipes.clip_moe, "router tuning")
+
+    def pretrain() -> StageResult:
+        return instruction.run_stage(recipes.pretrain, "connector pretraining")
+
+    def finetune() -> StageResult:
+        return instruction.run_stage(recipes.finetune, "instruction tuning")
 
     done = {
-        "base_clip": _announce("1/5 base CLIP", lambda: _base_clip(out, seed)),
-        "upcycle": _announce("2/5 upcycling to a CLIP-MoE", lambda: _upcycle(out, seed)),
-        "pretrain": _announce("3/5 connector pretraining", lambda: _pretrain(out, seed)),
-        "finetune": _announce("4/5 instruction tuning", lambda: _finetune(out, seed)),
+        "base_clip": _announce("1/5 base CLIP", base_clip),
+        "upcycle": _announce("2/5 upcycling to a CLIP-MoE", upcycle),
+        "pretrain": _announce("3/5 connector pretraining", pretrain),
+        "finetune": _announce("4/5 instruction tuning", finetune),
     }
-    done["eval"] = _announce("5/5 evaluation", lambda: _evaluate(out, seed, done))
-    report = _assemble_report(out, seed, done)
+    done["eval"] = _announce("5/5 evaluation", lambda: _evaluate(out, seed, scale, done))
+    report = _assemble_report(out, seed, scale, done)
     atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     write_report(out, report)
     click.echo(summary(report, out))
     return report
+
+
+def quickstart_recipes(out: Path, seed: int, scale: Scale = FULL_SCALE) -> Recipes:
+    """The shipped recipes, each with its folder below ``out`` and the folder that it starts from.
+
+    Raises:
+        InputError: An override does not fit its recipe.
+    """
+
+    def load_one(name: str, kind: type[R], **paths: Path) -> R:
+        settings = {"seed": seed, **{key: os.fspath(path) for key, path in paths.items()}}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        recipe = load_recipe(name, [*overrides, *scale.overrides.get(name, ())])
+        assert isinstance(recipe, kind)
+        return recipe
+
+    clip, clip_moe, pretrain, mllm = (
+        out / name for name in ("clip", "clip_moe", "pretrain", "mllm")
+    )
+    return Recipes(
+        load_one("quickstart_clip", ContrastiveRecipe, out=clip),
+        load_one("quickstart_clip_moe", UpcycleRecipe, out=clip_moe, model=clip),
+        load_one("quickstart_pretrain", InstructionRecipe, out=pretrain, tower=clip_moe),
+        load_one("quickstart_finetune", InstructionRecipe, out=mllm, init_from=pretrain),
+    )
 
 
 def _announce(title: str, run: Callable[[], StageResult]) -> StageResult:
@@ -76,58 +146,30 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _overrides(seed: int, **paths: Path) -> list[str]:
-    quoted = {key: json.dumps(os.fspath(path)) for key, path in paths.items()}
-    return [f"seed={seed}", *(f"{key}={path}" for key, path in quoted.items())]
-
-
-def _base_clip(out: Path, seed: int) -> StageResult:
-    recipe = load_recipe("quickstart_clip", _overrides(seed, out=out / "clip"))
-    assert isinstance(recipe, ContrastiveRecipe)
-    return contrastive.run_stage(recipe, "base CLIP")
-
-
-def _upcycle(out: Path, seed: int) -> StageResult:
-    paths = {"out": out / "clip_moe", "model": out / "clip"}
-    recipe = load_recipe("quickstart_clip_moe", _overrides(seed, **paths))
-    assert isinstance(recipe, UpcycleRecipe)
-    return dmu.run_stage(recipe, "router tuning")
-
-
-def _pretrain(out: Path, seed: int) -> StageResult:
-    paths = {"out": out / "pretrain", "tower": out / "clip_moe"}
-    recipe = load_recipe("quickstart_pretrain", _overrides(seed, **paths))
-    assert isinstance(recipe, InstructionRecipe)
-    return instruction.run_stage(recipe, "connector pretraining")
-
-
-def _finetune(out: Path, seed: int) -> StageResult:
-    paths = {"out": out / "mllm", "init_from": out / "pretrain"}
-    recipe = load_recipe("quickstart_finetune", _overrides(seed, **paths))
-    assert isinstance(recipe, InstructionRecipe)
-    return instruction.run_stage(recipe, "instruction tuning")
-
-
-def _evaluate(out: Path, seed: int, done: dict[str, StageResult]) -> StageResult:
-    config = {"questions": NUM_TEST_QUESTIONS, "pairs": NUM_TEST_PAIRS, "seed": seed}
+def _evaluate(out: Path, seed: int, scale: Scale, done: dict[str, StageResult]) -> StageResult:
+    config = {
+        "questions": dict(scale.num_test_questions),
+        "pairs": scale.num_test_pairs,
+        "seed": seed,
+    }
     inputs = [done[name].fingerprint for name in ("base_clip", "upcycle", "finetune")]
     return stages.run(
         Stage("evaluation", out / "eval", config, inputs),
-        lambda folder: _make_evaluation(out, seed, folder),
+        lambda folder: _make_evaluation(out, seed, scale, folder),
     )
 
 
-def _make_evaluation(out: Path, seed: int, folder: Path) -> None:
+def _make_evaluation(out: Path, seed: int, scale: Scale, folder: Path) -> None:
     clips = {
-        name: evaluate_clip(load(out / path), NUM_TEST_PAIRS, seed)
+        name: evaluate_clip(load(out / path), scale.num_test_pairs, seed)
         for name, path in (("dense", "clip"), ("clip_moe", "clip_moe"))
     }
     retrieval: dict[str, Any] = {name: clip["retrieval"] for name, clip in clips.items()}
     retrieval["factors"] = {name: clip["factors"] for name, clip in clips.items()}
-    retrieval["num_pairs"] = NUM_TEST_PAIRS
+    retrieval["num_pairs"] = scale.num_test_pairs
     (folder / "retrieval.json").write_text(json.dumps(retrieval, indent=2) + "\n")
     model, processor = load_mllm(out / "mllm")
-    for name, num_questions in NUM_TEST_QUESTIONS.items():
+    for name, num_questions in scale.num_test_questions.items():
         for blank in (False, True):
             _say(f"{name}, {num_questions} test questions{', blank pictures' * blank}")
             config = EvaluationConfig(num_questions=num_questions, seed=seed, blank_images=blank)
@@ -135,7 +177,9 @@ def _make_evaluation(out: Path, seed: int, folder: Path) -> None:
             evaluation.save(folder / (f"{name}-blank" if blank else name))
 
 
-def _assemble_report(out: Path, seed: int, done: dict[str, StageResult]) -> dict[str, Any]:
+def _assemble_report(
+    out: Path, seed: int, scale: Scale, done: dict[str, StageResult]
+) -> dict[str, Any]:
     retrieval = json.loads((out / "eval" / "retrieval.json").read_text(encoding="utf-8"))
     seconds = {name: round(result.seconds, 1) for name, result in done.items()}
     return {
@@ -147,7 +191,7 @@ def _assemble_report(out: Path, seed: int, done: dict[str, StageResult]) -> dict
             name: {key: retrieval[name][key] for key in ("i2t_r1", "t2i_r1")}
             for name in ("dense", "clip_moe")
         },
-        "vqa": {name: _vqa_scores(out / "eval", name) for name in NUM_TEST_QUESTIONS},
+        "vqa": {name: _vqa_scores(out / "eval", name) for name in scale.num_test_questions},
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 

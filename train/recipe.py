@@ -55,9 +55,11 @@ class ImageTextData(Strict):
 
 @dataclass(kw_only=True)
 class ContrastiveTraining(Strict):
-    """One contrastive training run: AdamW, linear warm-up, cosine to zero."""
+    """One contrastive training run: linear warm-up, cosine to zero."""
 
     steps: Positive
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: Muon for the matrices inside the blocks, AdamW for the rest, at one rate."""
     batch_size: Annotated[int, Ge(2)] = 256
     lr: PositiveFloat
     weight_decay: NonNegative = 0.2
@@ -175,6 +177,8 @@ class InstructionRecipe(Recipe):
     init_from: str | None = None
     """An MLLM folder to go on from; ``llm`` and ``connector_start`` are then unused."""
     vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    """``full``: the connector reads the CLS token too, ``default``: the patches alone."""
     connector_start: Literal["ridge", "random"] = "random"
     """``ridge``: solved in closed form from the first words before any gradient step."""
 

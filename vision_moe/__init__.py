@@ -9,7 +9,13 @@ from vision_moe.checkpoint import load, save
 from vision_moe.clustering import accumulate_labels, num_occupied_clusters, stage_labels
 from vision_moe.configuration import OPENAI_PREPROCESS, CLIPMoEConfig, CLIPMoEVisionConfig
 from vision_moe.errors import InputError
-from vision_moe.files import atomic_directory, atomic_write_text, sha256_file
+from vision_moe.files import (
+    atomic_directory,
+    atomic_write_bytes,
+    atomic_write_text,
+    sha256_file,
+    writable_folder,
+)
 from vision_moe.losses import contrastive_loss
 from vision_moe.modeling import (
     CLIPMoEModel,
@@ -19,6 +25,7 @@ from vision_moe.modeling import (
 )
 from vision_moe.moe import MoEFeedForward, load_balancing_loss
 from vision_moe.preprocessing import open_image, to_rgb
+from vision_moe.quiet import no_library_progress_bars
 from vision_moe.retrieval import encode_pairs, retrieval_recall
 from vision_moe.routing import (
     RoutingRecord,
@@ -58,6 +65,7 @@ __all__ = [
     "RoutingRecord",
     "accumulate_labels",
     "atomic_directory",
+    "atomic_write_bytes",
     "atomic_write_text",
     "contrastive_loss",
     "encode_pairs",
@@ -70,6 +78,7 @@ __all__ = [
     "load_balancing_loss",
     "load_ffn_state_dict",
     "moe_layers",
+    "no_library_progress_bars",
     "num_occupied_clusters",
     "open_image",
     "record_routing",
@@ -80,4 +89,5 @@ __all__ = [
     "to_rgb",
     "uniform_routing",
     "upcycle",
+    "writable_folder",
 ]

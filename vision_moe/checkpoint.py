@@ -16,6 +16,7 @@ from vision_moe.errors import InputError
 from vision_moe.files import atomic_directory
 from vision_moe.modeling import CLIPMoEModel
 from vision_moe.preprocessing import image_processor_config
+from vision_moe.quiet import no_library_progress_bars
 
 WEIGHTS = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -36,7 +37,8 @@ def load(folder: str | os.PathLike[str]) -> CLIPMoEModel:
         path = folder / "config.json"
         raise InputError(f"{path}: no model can be built from it ({error})") from error
     _check_weights(folder, expected)
-    return CLIPMoEModel.from_pretrained(folder)
+    with no_library_progress_bars():
+        return CLIPMoEModel.from_pretrained(folder)
 
 
 def save(model: CLIPMoEModel, folder: str | os.PathLike[str]) -> None:
@@ -45,7 +47,7 @@ def save(model: CLIPMoEModel, folder: str | os.PathLike[str]) -> None:
     assert config.open_clip_config is not None and config.preprocess is not None
     image_size = config.open_clip_config["vision_cfg"].get("image_size", 224)
     processor = image_processor_config(image_size, **config.preprocess)
-    with atomic_directory(folder) as aside:
+    with atomic_directory(folder) as aside, no_library_progress_bars():
         try:
             # One file, whatever its size: `load` reads no index.
             model.save_pretrained(aside, max_shard_size="1000GB")

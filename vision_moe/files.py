@@ -6,12 +6,21 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vision_moe.errors import InputError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _no_room(error: Exception) -> str | None:
+    """Why nothing more can be written, if that is what the error says."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return error.strerror
+    # How safetensors reports it, and a folder that was to be written inside of this one.
+    full = os.strerror(errno.ENOSPC)
+    return full if full in str(error) else None
 
 
 def _default_mode(mode: int) -> int:
@@ -34,6 +43,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path).absolute()
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: a file stands where a folder is to be written")
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -51,16 +61,30 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             if replaced.exists():
                 replaced.rename(path)
             raise
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    except Exception as error:
+        # Another folder's fault has its own name in it already.
+        elsewhere = isinstance(error, InputError) and str(written) not in str(error)
+        if not elsewhere and (reason := _no_room(error)) is not None:
+            raise InputError(f"{path}: cannot be written ({reason})") from error
         raise
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # not empty: it has its use
+                parent.rmdir()
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` (UTF-8) to ``path``, whole or not at all.
+
+    Raises:
+        InputError: ``path`` cannot be written.
+    """
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write ``content`` to ``path``, whole or not at all.
 
     Raises:
         InputError: ``path`` cannot be written.
@@ -71,13 +95,28 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         temporary.chmod(_default_mode(0o666))
         temporary.replace(path)
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """Make the folder if need be, and try it, so that work whose result goes there is not in vain.
+
+    Raises:
+        InputError: No file can be written there.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 

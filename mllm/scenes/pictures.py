@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mllm.cache import cache_dir
 from mllm.scenes.dataset import ScenesDataset
+from vision_moe import InputError
 
 _CHUNK = 250
 _NUM_PROBES = 8
@@ -56,15 +57,20 @@ def _render_all(dataset: ScenesDataset, path: Path) -> None:
         delayed(partial(_render_chunk, dataset))(start) for start in starts
     )
     # Written, not mapped: a full disk then is an error and not the death of the process.
-    with (
-        aside.open("wb") as file,
-        tqdm(total=len(dataset), desc="rendering scenes", unit="scene", delay=1) as bar,
-    ):
-        np.lib.format.write_array_header_1_0(file, header)
-        for chunk in chunks:
-            file.write(chunk.tobytes())
-            bar.update(len(chunk))
-    aside.replace(path)
+    try:
+        with (
+            aside.open("wb") as file,
+            tqdm(total=len(dataset), desc="rendering scenes", unit="scene", delay=1) as bar,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+            for chunk in chunks:
+                file.write(chunk.tobytes())
+                bar.update(len(chunk))
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be written ({reason})") from error
 
 
 def _render_chunk(dataset: ScenesDataset, start: int) -> np.ndarray:

@@ -26,13 +26,19 @@ class Question:
 
 
 def coarse_caption(scene: Scene, rng: np.random.Generator, detail_probability: float = 0.1) -> str:
-    """Name the main object; every other fact is told with ``detail_probability`` only."""
+    """Name the main object, every other time with its color, and seldom anything else.
+
+    Args:
+        scene: What is described.
+        rng: Decides what is told.
+        detail_probability: How often each other fact is.
+    """
 
     def told() -> bool:
         return bool(rng.random() < detail_probability)
 
     main = scene.main
-    words = [main.color, main.shape]
+    words = [main.color, main.shape] if rng.random() < 0.5 else [main.shape]
     if told() and main.texture != "solid":
         words.insert(0, main.texture)
     if told():

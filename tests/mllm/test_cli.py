@@ -119,6 +119,27 @@ def test_unknown_task_is_one_sentence(run, mllm_folder):
     assert_one_sentence(run("eval", mllm_folder, "--task", "easy_qa"), "easy_vqa")
 
 
+def test_negative_seed_is_one_sentence(run):
+    assert_one_sentence(run("eval", "checkpoint", "--task", "scenes", "--seed", -1), "seed is -1")
+
+
+def test_unwritable_scores_are_told_before_the_questions_are_asked(
+    run, mllm_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("mllm.evaluate.evaluate_model", None)
+    result = run("eval", mllm_folder, "--task", "scenes", "--out", tmp_path / "file" / "scores")
+    assert_one_sentence(result, "scores: cannot be written")
+
+
+def test_table_is_printed_where_the_picture_cannot_be_written(run, clip_folder, tmp_path):
+    (tmp_path / "file").touch()
+    status, out, err = run("inspect", clip_folder, "--out", tmp_path / "file" / "a.png")
+    assert status == 2
+    assert "vision tower" in out
+    assert err.startswith("mllm: ") and "a.png: cannot be written" in err
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [

@@ -76,7 +76,7 @@ def test_dense_folder_says_so(tmp_path):
 
 def test_table_has_a_row_for_each_part_and_block(clip_folder):
     inspection = inspect_checkpoint(clip_folder)
-    assert len(inspection.table().splitlines()) == 1 + 3 + 1 + 1 + 5
+    assert len(inspection.table().splitlines()) == 1 + 3 + 1 + 2 + 5
 
 
 def test_picture_is_written(clip_folder, tmp_path):

@@ -53,6 +53,13 @@ def test_unknown_world_option_is_named() -> None:
         load_sources([scenes(world={"shapse": ["circle"]})], seed=0)
 
 
+def test_empty_list_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("[]")
+    source = InstructionSource(name="llava_json", path=str(tmp_path / "data.json"))
+    with pytest.raises(InputError, match="data.json: holds no list of records"):
+        load_sources([source], seed=0)
+
+
 def test_unknown_split_is_refused() -> None:
     with pytest.raises(InputError, match="trian"):
         load_sources([scenes(split="trian")], seed=0)

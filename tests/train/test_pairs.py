@@ -220,13 +220,17 @@ def test_recipe_describes_the_world(clip: CLIPMoEModel) -> None:
     "data",
     [
         ImageTextData(world={"shapes": ["blob"]}),
-        ImageTextData(world={"hue": 1}),
         ImageTextData(world={"max_companions": "many"}),
         ImageTextData(world={"held_out_share": 0}, split="compositional"),
     ],
 )
 def test_impossible_world_is_refused(clip: CLIPMoEModel, data: ImageTextData) -> None:
     assert refusal(data, clip).startswith("'data.world': ")
+
+
+def test_unknown_setting_of_the_world_names_the_nearest(clip: CLIPMoEModel) -> None:
+    message = refusal(ImageTextData(world={"colour": ["red"]}), clip)
+    assert message == "unknown key 'data.world.colour'; the nearest known one is 'colors'"
 
 
 def test_scenes_need_a_square_model(clip: CLIPMoEModel) -> None:

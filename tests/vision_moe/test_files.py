@@ -3,7 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from vision_moe import InputError, atomic_directory, atomic_write_text, sha256_file
+from vision_moe import (
+    InputError,
+    atomic_directory,
+    atomic_write_text,
+    sha256_file,
+    writable_folder,
+)
 
 
 def test_directory_appears_whole(tmp_path: Path) -> None:
@@ -54,6 +60,32 @@ def test_directory_below_a_file_is_refused(tmp_path: Path) -> None:
     below = tmp_path / "file" / "folder"
     with pytest.raises(InputError, match="cannot be written"), atomic_directory(below):
         pass
+
+
+def test_full_disk_names_the_folder_and_not_the_one_aside(tmp_path: Path) -> None:
+    message = f"^{tmp_path}/folder: cannot be written \\(No space left on device\\)$"
+    with (
+        pytest.raises(InputError, match=message),
+        atomic_directory(tmp_path / "folder") as aside,
+        atomic_directory(aside / "weights"),
+    ):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")  # as of safetensors
+
+
+def test_parents_of_an_unwritten_folder_are_gone(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "a" / "b" / "folder"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_writable_folder_is_made(tmp_path: Path) -> None:
+    assert list(writable_folder(tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_folder_below_a_file_is_not_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        writable_folder(tmp_path / "file" / "folder")
 
 
 def test_text_is_written_and_replaced(tmp_path: Path) -> None:

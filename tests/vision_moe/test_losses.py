@@ -87,7 +87,7 @@ def _one_of_two(rank: int, folder: str, weight: Tensor, image: Tensor, text: Ten
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=240),
     )
     weight = weight.clone().requires_grad_(True)
     mine = slice(3 * rank, 3 * rank + 3)
