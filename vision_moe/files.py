@@ -1,6 +1,7 @@
 """Writing aside and renaming, so that nothing half-written ever stands under its final name."""
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -9,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from vision_moe.errors import InputError
 
+_LOCK = "lock"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -35,7 +39,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder that becomes ``path`` when the block ends without an error.
 
     An existing folder at ``path`` is renamed aside, replaced and then removed; after an error it is
-    still there, untouched, and the temporary folder is gone.
+    still there, untouched, and the temporary folder is gone. A killed process cannot take its
+    temporary folder away: the next one that writes ``path`` does.
 
     Raises:
         InputError: ``path`` cannot be written, the disk is full, or a file stands at ``path``.
@@ -46,7 +51,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     new_parents = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        _remove_abandoned(path)
+        workspace, in_use = _locked_workspace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     written, replaced = workspace / "new", workspace / "old"
@@ -68,10 +74,32 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise InputError(f"{path}: cannot be written ({reason})") from error
         raise
     finally:
+        in_use.release()
         shutil.rmtree(workspace, ignore_errors=True)
         for parent in new_parents:
             with suppress(OSError):  # not empty: it has its use
                 parent.rmdir()
+
+
+def _locked_workspace(path: Path) -> tuple[Path, FileLock]:
+    """A temporary folder beside ``path`` and the lock that shows that it is in use."""
+    while True:
+        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        in_use = FileLock(workspace / _LOCK)
+        in_use.acquire()
+        if workspace.exists():  # else another process took it for abandoned before the lock
+            return workspace, in_use
+        in_use.release()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary folders of ``path`` whose process was killed: nobody holds the lock."""
+    for lock_file in path.parent.glob(f".{glob.escape(path.name)}.*/{_LOCK}"):
+        with suppress(Timeout, OSError), FileLock(lock_file, timeout=0):
+            replaced = lock_file.with_name("old")
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)  # killed between the two renames
+            shutil.rmtree(lock_file.parent, ignore_errors=True)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:

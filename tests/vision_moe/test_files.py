@@ -1,4 +1,6 @@
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,42 @@ def test_unwritable_text_is_an_input_error(tmp_path: Path) -> None:
 def test_sha256_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 3_000_000)
     assert sha256_file(tmp_path / "file") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+
+
+def test_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from vision_moe import atomic_directory
+with atomic_directory(sys.argv[1]) as aside:
+    (aside / "half").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with atomic_directory(tmp_path / "run"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_folder_of_a_running_process_is_left_alone(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "run") as first:
+        with atomic_directory(tmp_path / "run") as second:
+            (second / "file").touch()
+        assert first.is_dir()
+
+
+def test_folder_that_was_being_replaced_at_the_kill_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "good").touch()
+    script = """
+import os, pathlib, signal, sys
+from vision_moe import atomic_directory
+pathlib.Path.rename = lambda old, new: (os.rename(old, new), os.kill(os.getpid(), signal.SIGKILL))
+with atomic_directory(sys.argv[1]):
+    pass
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], check=False)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "run"):
+        raise KeyError
+    assert (tmp_path / "run" / "good").is_file()
