@@ -94,10 +94,12 @@ def _make(recipe: InstructionRecipe, stage: Stage, folder: Path) -> None:
     features = tower_features(model, processor, data)
     rows = build_rows(recipe, model, processor, data.samples)
     explained = None
-    if recipe.init_from is None and recipe.connector_start == "ridge":
-        explained = start_connector(
-            model, processor.tokenizer, data.samples, features, recipe.seed
-        )
+    if recipe.init_from is None and recipe.connector_start == "words":
+        said, seen = data, features
+        if recipe.connector_start_data:
+            said = load_sources(recipe.connector_start_data, recipe.seed)
+            seen = tower_features(model, processor, said)
+        explained = start_connector(model, processor.tokenizer, said.samples, seen, recipe.seed)
     parts = set_trainable(model, recipe.trainable, recipe.seed)
     plan = plan_run(recipe, rows)
     history = _fit(recipe, stage, model, processor, parts, plan, rows, features)

@@ -6,6 +6,7 @@ can be cached.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mllm.easy_vqa import EasyVQA
+from mllm.easy_vqa import EasyVQA, EasyVQAQuestion
 from mllm.scenes import ScenesDataset
 from train.instruction_data import InstructionSample
 from train.recipe import InstructionSource
@@ -105,8 +106,18 @@ def _scenes_questions(source: InstructionSource, seed: int) -> InstructionData:
 
 def _easy_vqa(source: InstructionSource, seed: int) -> InstructionData:
     dataset = EasyVQA(source.split, source.path)
+    known = {question.category for question in dataset.questions}
+    categories = known if source.categories is None else set(source.categories)
+    if not categories or categories - known:
+        raise InputError(
+            f"data source 'easy_vqa': 'categories' is {sorted(categories)},"
+            f" it must name some of {', '.join(sorted(known))}"
+        )
+    questions = [question for question in dataset.questions if question.category in categories]
+    if source.balance_answers:
+        questions = _balanced(questions, seed)
     turns_of: dict[int, list[tuple[str, str]]] = {}
-    for question in dataset.questions:
+    for question in questions:
         turns_of.setdefault(question.image_id, []).append((question.text, question.answer))
     image_ids = sorted(turns_of)
     if source.num_images is not None and source.num_images > len(image_ids):
@@ -123,6 +134,24 @@ def _easy_vqa(source: InstructionSource, seed: int) -> InstructionData:
         for index, image_id in enumerate(image_ids)
     ]
     return _with_files(samples, paths)
+
+
+def _balanced(questions: Sequence[EasyVQAQuestion], seed: int) -> list[EasyVQAQuestion]:
+    """Questions thinned out until all answers to one wording are equally frequent.
+
+    easy-VQA asks for a color that is not there five times as often as for the one that is: a model
+    that never looks gets 85 % of such questions right, and hardly any gradient asks it to look.
+    """
+    counts = Counter((question.text, question.answer) for question in questions)
+    rarest: dict[str, int] = {}
+    for (text, _), count in counts.items():
+        rarest[text] = min(count, rarest.get(text, count))
+    lots = np.random.default_rng([seed, len(questions)]).random(len(questions))
+    return [
+        question
+        for question, lot in zip(questions, lots, strict=True)
+        if lot * counts[question.text, question.answer] < rarest[question.text]
+    ]
 
 
 def _llava_json(source: InstructionSource, seed: int) -> InstructionData:

@@ -132,6 +132,10 @@ class InstructionSource(Strict):
     """Drawn with the seed; all of them by default. Scenes are made to order: it must be given."""
     questions_per_image: Positive | None = None
     """Drawn with the seed; all of them by default."""
+    categories: list[str] | None = None
+    """``easy_vqa``: only questions of these categories; all by default."""
+    balance_answers: bool = False
+    """``easy_vqa``: leave questions out until no answer is likely from the words alone."""
     image_size: Positive = 64
     """``scenes_*``: side in pixels."""
     world: dict[str, Any] = field(default_factory=dict)
@@ -179,8 +183,10 @@ class InstructionRecipe(Recipe):
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     """``full``: the connector reads the CLS token too, ``default``: the patches alone."""
-    connector_start: Literal["ridge", "random"] = "random"
-    """``ridge``: solved in closed form from the first words before any gradient step."""
+    connector_start: Literal["words", "random"] = "random"
+    """``words``: taught each picture's words before the language model takes part."""
+    connector_start_data: list[InstructionSource] = field(default_factory=list)
+    """Pictures and answers for that start; those of ``data`` by default."""
 
     template: Literal["chat", "plain"] = "chat"
     """``plain`` (LLaVA pretraining): picture, then answer; questions are discarded."""

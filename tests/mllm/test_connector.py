@@ -9,7 +9,7 @@ from sklearn.linear_model import Ridge
 from transformers import LlamaConfig, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from mllm.connector import ridge_start, set_random_features, solve_ridge
+from mllm.connector import regress, ridge_start, set_random_features, solve_ridge
 
 
 @pytest.fixture
@@ -66,13 +66,21 @@ def test_explained_share_is_that_of_the_projector(projector, data):
     assert explained == pytest.approx(float(1 - error / variance), abs=1e-3)
 
 
-def test_output_has_the_wanted_spread_about_the_targets_mean(projector, data):
+def test_regression_explains_more_than_the_closed_form(projector, data):
     features, targets = data
-    ridge_start(projector, features, targets, ridge=10.0, output_rms=0.7)
+    closed_form = ridge_start(projector, features, targets)
+    explained = regress(projector, features, targets, steps=100, batch_size=256)
     with torch.no_grad():
-        deviation = projector(features) - targets.mean(0)
-    assert float(deviation.square().mean().sqrt()) == pytest.approx(0.7, rel=1e-3)
-    assert float(deviation.mean(0).abs().max()) < 1e-3
+        error = (projector(features) - targets).square().mean()
+    variance = targets.var(0, correction=0).mean()
+    assert explained == pytest.approx(float(1 - error / variance), abs=1e-3)
+    assert explained > closed_form
+
+
+def test_regression_leaves_a_frozen_projector_frozen(projector, data):
+    projector.requires_grad_(False)
+    regress(projector, *data, steps=2, batch_size=8)
+    assert not any(p.requires_grad for p in projector.parameters())
 
 
 def test_start_depends_on_the_seed_alone(projector, data):

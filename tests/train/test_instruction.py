@@ -214,9 +214,9 @@ def test_recipe_without_tower_and_start_is_refused(recipe: InstructionRecipe) ->
         run_recipe(recipe)
 
 
-def test_ridge_start_logs_what_it_explains(recipe: InstructionRecipe) -> None:
+def test_start_by_words_logs_what_it_explains(recipe: InstructionRecipe) -> None:
     recipe.steps = 1
-    recipe.connector_start = "ridge"
+    recipe.connector_start = "words"
     run_recipe(recipe)
     assert 0 < log(recipe)["connector_start_explained"] <= 1
 

@@ -1,6 +1,7 @@
 """Samples from scenes, easy-VQA and LLaVA's JSON."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,27 @@ def test_easy_vqa_draws_pictures_with_all_their_questions() -> None:
     assert len(data.samples) == len(data.open_images) == 5
     assert all(len(sample.turns) > 3 for sample in data.samples)
     assert data.open_images[0]().size == (64, 64)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_balanced_answers_cannot_be_guessed_from_the_words(balanced: bool) -> None:
+    source = InstructionSource(name="easy_vqa", num_images=3000, balance_answers=balanced)
+    turns = [turn for sample in load_sources([source], seed=0).samples for turn in sample.turns]
+    asked = [answer for question, answer in turns if re.match(r"is there a \w+ shape", question)]
+    share_of_yes = asked.count("yes") / len(asked)
+    assert share_of_yes == pytest.approx(0.5 if balanced else 0.13, abs=0.05)
+
+
+def test_categories_choose_the_questions() -> None:
+    source = InstructionSource(name="easy_vqa", num_images=20, categories=["color"])
+    samples = load_sources([source], seed=0).samples
+    assert all("color" in question for sample in samples for question, _ in sample.turns)
+
+
+def test_unknown_category_is_refused() -> None:
+    source = InstructionSource(name="easy_vqa", num_images=20, categories=["colour"])
+    with pytest.raises(InputError, match="colour.*color, shape, yes-no"):
+        load_sources([source], seed=0)
 
 
 def test_easy_vqa_draw_depends_on_the_seed() -> None:
