@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from mllm.scoring.pope import pope_answer, pope_metrics, pope_scores
     from mllm.scoring.scienceqa import scienceqa_accuracy, scienceqa_option
     from mllm.scoring.seed import seed_correct
+    from mllm.scoring.statistics import (
+        Interval,
+        bootstrap_interval,
+        mcnemar_p_value,
+        paired_bootstrap_interval,
+        unpaired_bootstrap_interval,
+    )
     from mllm.scoring.vqa import (
         normalize_textvqa_answer,
         normalize_vqa_answer,
@@ -28,10 +35,13 @@ __all__ = [
     "MME_COGNITION",
     "MME_PERCEPTION",
     "CiderScores",
+    "Interval",
+    "bootstrap_interval",
     "caption_words",
     "cider",
     "exact_match",
     "gqa_correct",
+    "mcnemar_p_value",
     "mmbench_circular",
     "mmbench_option",
     "mme_answer",
@@ -39,6 +49,7 @@ __all__ = [
     "normalize_answer",
     "normalize_textvqa_answer",
     "normalize_vqa_answer",
+    "paired_bootstrap_interval",
     "pope_answer",
     "pope_metrics",
     "pope_scores",
@@ -46,6 +57,7 @@ __all__ = [
     "scienceqa_option",
     "seed_correct",
     "textvqa_accuracy",
+    "unpaired_bootstrap_interval",
     "vqa_accuracy",
 ]
 
@@ -58,6 +70,13 @@ _MODULES = {
     "pope": ("pope_answer", "pope_metrics", "pope_scores"),
     "scienceqa": ("scienceqa_accuracy", "scienceqa_option"),
     "seed": ("seed_correct",),
+    "statistics": (
+        "Interval",
+        "bootstrap_interval",
+        "mcnemar_p_value",
+        "paired_bootstrap_interval",
+        "unpaired_bootstrap_interval",
+    ),
     "vqa": (
         "normalize_textvqa_answer",
         "normalize_vqa_answer",

@@ -14,7 +14,7 @@ def test_scoring_loads_no_torch() -> None:
     names = ", ".join(scoring.__all__)
     code = (
         f"import sys; from mllm.scoring import {names}; "
-        "vqa_accuracy('a', ['b']); cider(['a'], [['b']]); "
+        "vqa_accuracy('a', ['b']); cider(['a'], [['b']]); bootstrap_interval([1.0], seed=0); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
