@@ -50,7 +50,7 @@ def caption_words(caption: str) -> list[str]:
     """Lower-cased words without punctuation, split as the Penn Treebank splits contractions.
 
     COCO's own evaluation runs the Java tokeniser of Stanford CoreNLP. Both agree on plain captions;
-    they differ on ``Mr.``, on brackets (which it keeps as words) and on ``cannot``.
+    they differ, for instance, on ``Mr.``, on brackets (which it keeps as words) and on ``cannot``.
     """
     return _WORD.findall(_CLITIC.sub(r" \1", caption.lower().replace("’", "'")))
 
