@@ -10,12 +10,19 @@ import errno
 import logging
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+if TYPE_CHECKING:
+    from mllm.bench import BenchReport
+
 _FAULT, _INTERRUPTED = 2, 130
+
+# Name -> module with ``run(overrides) -> mllm.bench.BenchReport``.
+BENCHMARKS: dict[str, str] = {}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -144,6 +151,23 @@ def inspect(checkpoint: str, images: tuple[Path, ...], out: Path | None) -> None
     click.echo(inspection.table())
     draw(inspection, out)
     click.echo(f"picture written to {out}", err=True)
+
+
+@cli.command()
+@click.argument("name")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "json_file", type=click.Path(path_type=Path),
+              help="Write ratios, raw repeats, versions and hardware here.")  # fmt: skip
+def bench(name: str, overrides: tuple[str, ...], json_file: Path | None) -> None:
+    """Run the side-by-side benchmark NAME and print its table."""
+    from vision_moe import InputError
+
+    if name not in BENCHMARKS:
+        raise InputError(f"there is no benchmark '{name}', only {', '.join(sorted(BENCHMARKS))}")
+    report: BenchReport = import_module(BENCHMARKS[name]).run(overrides)
+    click.echo(report.table())
+    if json_file is not None:
+        report.save(json_file)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

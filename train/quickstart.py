@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import joblib
-import psutil
-import torch
 
 from mllm.allocator import keep_freed_memory
 from mllm.evaluate import EvaluationConfig, evaluate_model
 from mllm.llm import embedded_llm_folder
 from mllm.model import load_mllm
 from mllm.tasks import get_task
-from mllm.versions import library_versions
+from mllm.versions import hardware, library_versions
 from train import contrastive, dmu, instruction, stages
 from train.clip_evaluation import evaluate_clip
 from train.config import load_recipe
@@ -205,16 +201,6 @@ def _vqa_scores(folder: Path, name: str) -> dict[str, float]:
         "accuracy": shown["metrics"]["accuracy"],
         "blank_image_accuracy": blank["metrics"]["accuracy"],
         "n": shown["n"],
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """What the run computed on."""
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": joblib.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
