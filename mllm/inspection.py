@@ -136,12 +136,8 @@ def _sizes(parts: dict[str, nn.Module]) -> list[PartSize]:
 def count_parameters(module: nn.Module) -> tuple[int, int]:
     """Parameters in all, and those that one token passes through: K of E experts a block."""
     total = sum(parameter.numel() for parameter in module.parameters())
-    idle = 0
-    for layer in module.modules():
-        if isinstance(layer, MoEFeedForward):
-            in_experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-            idle += in_experts * (layer.num_experts - layer.top_k) // layer.num_experts
-    return total, total - idle
+    layers = [layer for layer in module.modules() if isinstance(layer, MoEFeedForward)]
+    return total, total - sum(layer.num_idle_parameters() for layer in layers)
 
 
 @torch.inference_mode()

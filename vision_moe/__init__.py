@@ -17,6 +17,7 @@ from vision_moe.files import (
     writable_folder,
 )
 from vision_moe.losses import contrastive_loss
+from vision_moe.low_rank import LowRankExperts, LowRankFFN
 from vision_moe.modeling import (
     CLIPMoEModel,
     CLIPMoEOutput,
@@ -61,6 +62,8 @@ __all__ = [
     "ClusterBatchSampler",
     "FFNSite",
     "InputError",
+    "LowRankExperts",
+    "LowRankFFN",
     "MoEFeedForward",
     "RoutingRecord",
     "accumulate_labels",

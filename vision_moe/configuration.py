@@ -43,6 +43,8 @@ class CLIPMoEConfig(PreTrainedConfig):
         open_clip_config: as in open_clip's ``model_configs/*.json``: embed_dim, vision_cfg,
             text_cfg and options; ViT-B-32 by default.
         moe: ``{"num_experts", "top_k", "vision_layers", "text_layers"}``; ``None`` is a dense CLIP.
+            ``"vision_ranks"`` and ``"text_ranks"``, a number for each of the layers, make the
+            tower's experts low-rank changes of the dense network.
         preprocess: ``{"mean", "std", "interpolation", "resize_mode"}``; what is left out is
             OpenAI's.
     """
@@ -72,7 +74,7 @@ class CLIPMoEConfig(PreTrainedConfig):
         kept = ("embed_dim", "vision_cfg", "quick_gelu")
         return CLIPMoEVisionConfig(
             open_clip_config={k: v for k, v in self.open_clip_config.items() if k in kept},
-            moe=self.moe and {k: v for k, v in self.moe.items() if k != "text_layers"},
+            moe=self.moe and {k: v for k, v in self.moe.items() if not k.startswith("text_")},
             dtype=self.dtype,
         )
 
@@ -82,7 +84,8 @@ class CLIPMoEVisionConfig(PreTrainedConfig):
 
     Args:
         open_clip_config: embed_dim, vision_cfg and quick_gelu of open_clip's model description.
-        moe: ``{"num_experts", "top_k", "vision_layers"}``; ``None`` is a dense tower.
+        moe: ``{"num_experts", "top_k", "vision_layers"}``, and ``"vision_ranks"`` for low-rank
+            experts; ``None`` is a dense tower.
     """
 
     model_type = "clip_moe_vision"

@@ -49,6 +49,11 @@ class CLIPMoEVisionOutput(BaseModelOutputWithPooling):
     router_logits: tuple[Tensor, ...] | None = None
 
 
+def _insert_moe(tower: nn.Module, moe: dict[str, Any], name: str) -> None:
+    ranks = moe.get(f"{name}_ranks")
+    insert_moe(tower, moe[f"{name}_layers"], moe["num_experts"], moe["top_k"], ranks=ranks)
+
+
 class _CLIPMoEPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     # open_clip's attention calls PyTorch's scaled_dot_product_attention, which picks the kernel:
@@ -92,8 +97,7 @@ class CLIPMoEVisionModel(_CLIPMoEPreTrainedModel):
         assert config.open_clip_config is not None
         self.visual = build_vision_tower(config.open_clip_config)
         if config.moe is not None:
-            moe = config.moe
-            insert_moe(self.visual, moe["vision_layers"], moe["num_experts"], moe["top_k"])
+            _insert_moe(self.visual, config.moe, "vision")
         self.post_init()
 
     def forward(
@@ -156,9 +160,8 @@ class CLIPMoEModel(_CLIPMoEPreTrainedModel):
         if (bias := description.get("init_logit_bias")) is not None:
             self.logit_bias = nn.Parameter(torch.full(shape, float(bias)))
         if config.moe is not None:
-            moe = config.moe
-            insert_moe(self.visual, moe["vision_layers"], moe["num_experts"], moe["top_k"])
-            insert_moe(self.text, moe["text_layers"], moe["num_experts"], moe["top_k"])
+            _insert_moe(self.visual, config.moe, "vision")
+            _insert_moe(self.text, config.moe, "text")
         image_size = description["vision_cfg"].get("image_size", 224)
         self.preprocess = build_preprocess(image_size, **config.preprocess)
         self.post_init()

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_moe.dispatch import dispatch, run_expert
 from vision_moe.errors import InputError
+from vision_moe.low_rank import LowRankExperts
 
 
 class MoEFeedForward(nn.Module):
     """Drop-in for a block's feed-forward network: E of them, of which K serve each token.
 
     Args:
-        experts: the model's own feed-forward modules, each mapping ``(T, D)`` to ``(T, D)``.
+        experts: the model's own feed-forward modules, each mapping ``(T, D)`` to ``(T, D)``, or
+            low-rank experts on one of them.
         width: D.
         top_k: K, from 1 to E.
         generator: draws the router's weights; torch's global one by default.
@@ -24,7 +27,7 @@ class MoEFeedForward(nn.Module):
 
     def __init__(
         self,
-        experts: Sequence[nn.Module],
+        experts: Sequence[nn.Module] | LowRankExperts,
         width: int,
         top_k: int,
         generator: torch.Generator | None = None,
@@ -34,7 +37,9 @@ class MoEFeedForward(nn.Module):
             raise InputError(f"top_k is {top_k}, it must be from 1 to the {len(experts)} experts")
         self.width = width
         self.top_k = top_k
-        self.experts = nn.ModuleList(experts)
+        self.experts: nn.ModuleList | LowRankExperts = (
+            experts if isinstance(experts, LowRankExperts) else nn.ModuleList(experts)
+        )
         self.router = nn.Linear(width, len(experts), bias=False)
         # nn.Linear's own distribution, drawn again so that a seed can be given. Features reach the
         # router normalised, so its logits start with a standard deviation of about 0.6.
@@ -55,8 +60,11 @@ class MoEFeedForward(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             experts = self.__dict__.get("_modules", {}).get("experts")
-            if experts and (name in experts[0]._modules or name in experts[0]._parameters):
-                return getattr(experts[0], name)
+            if experts is None:
+                raise
+            first = experts.base if isinstance(experts, LowRankExperts) else experts[0]
+            if name in first._modules or name in first._parameters:
+                return getattr(first, name)
             raise
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +80,7 @@ class MoEFeedForward(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])                                # (T, D)
         if self.fixed_mixture is None:
             weights, chosen = self.route(logits.reshape(-1, self.num_experts))
-            mixed = self._dispatch(tokens, weights, chosen)
+            mixed = dispatch(self.experts, tokens, weights, chosen)
         else:
             mixed = self._mix_fixed(tokens, self.fixed_mixture)
         return mixed.reshape(*x.shape[:-1], mixed.shape[-1])
@@ -96,41 +104,23 @@ class MoEFeedForward(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.router(x.to(weight.dtype) if weight.is_floating_point() else x)
 
-    def _dispatch(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Group the T*K (token, expert) pairs by expert, so that each expert runs once.
-
-        Args:
-            x: ``(T, D)``.
-            weights: ``(T, K)``.
-            chosen: ``(T, K)``.
-
-        Returns:
-            ``(T, D)``.
-        """
-        flat = chosen.reshape(-1)                                           # (T*K,)
-        order = flat.argsort(stable=True)
-        token = order.div(self.top_k, rounding_mode="floor")
-        counts = torch.bincount(flat, minlength=self.num_experts).tolist()
-        # Experts without a token run on an empty slice: they stay in the graph with zero
-        # gradients, and data-parallel training does not wait for them forever.
-        outputs = [
-            expert(group)
-            for expert, group in zip(
-                self.experts, x.index_select(0, token).split(counts), strict=True
-            )
-        ]
-        grouped = torch.cat(outputs)                                        # (T*K, D)
-        scale = weights.reshape(-1).index_select(0, order).to(grouped.dtype)
-        mixed = grouped.new_zeros(x.shape[0], grouped.shape[-1])
-        return mixed.index_add(0, token, grouped * scale.unsqueeze(-1))
-
     def _mix_fixed(self, x: Tensor, mixture: tuple[float, ...]) -> Tensor:
         outputs = [
-            expert(x) if weight == 1.0 else weight * expert(x)
-            for expert, weight in zip(self.experts, mixture, strict=True)
+            run_expert(self.experts, index, x) * weight
+            for index, weight in enumerate(mixture)
             if weight
         ]
         return torch.stack(outputs).sum(0) if len(outputs) > 1 else outputs[0]
+
+    def num_idle_parameters(self) -> int:
+        """Parameters that one token does not pass through; of low-rank experts it always passes
+        through the base, and through K changes."""
+        if isinstance(self.experts, LowRankExperts):
+            changes = sum(parameter.numel() for parameter in self.experts.deltas.parameters())
+            others = self.num_experts - 1
+            return changes * (others - min(self.top_k, others)) // others
+        total = sum(parameter.numel() for parameter in self.experts.parameters())
+        return total * (self.num_experts - self.top_k) // self.num_experts
 
     def extra_repr(self) -> str:
         return f"width={self.width}, num_experts={self.num_experts}, top_k={self.top_k}"

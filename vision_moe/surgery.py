@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_moe.errors import InputError
+from vision_moe.low_rank import LowRankExperts
 from vision_moe.moe import MoEFeedForward
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def insert_moe(
     num_experts: int,
     top_k: int,
     generator: torch.Generator | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> list[str]:
     """Replace the feed-forward networks of the given layers by MoE layers of identical experts.
 
@@ -110,16 +112,25 @@ def insert_moe(
         num_experts: E; every expert starts as a copy of the network that it replaces.
         top_k: K.
         generator: draws the routers' weights.
+        ranks: for low-rank experts, the rank in each of ``layers``.
 
     Returns:
         The names of the replaced networks, first block first.
     """
     sites = {site.layer_index: site for site in find_ffns(tower)}
+    if ranks is not None and len(ranks) != len(layers):
+        raise InputError(f"{len(ranks)} ranks for {len(layers)} MoE layers")
+    rank_of = dict(zip(layers, ranks, strict=True)) if ranks is not None else {}
     names = []
     for index in _check_layers(layers, sites, tower):
         site = sites[index]
         first = next(site.module.parameters())
-        experts = [copy.deepcopy(site.module) for _ in range(num_experts)]
+        rank = rank_of.get(index)
+        experts: LowRankExperts | list[nn.Module] = (
+            [copy.deepcopy(site.module) for _ in range(num_experts)]
+            if rank is None
+            else LowRankExperts.empty(site.module, num_experts, rank)
+        )
         moe = MoEFeedForward(experts, site.width, top_k, generator)
         moe.router.to(first.device, first.dtype)
         moe.train(site.module.training)
@@ -171,7 +182,7 @@ def upcycle(
     for prefix, (tower, _) in towers.items():
         for name in insert_moe(tower, layers[prefix], num_experts, top_k, generator):
             moe = tower.get_submodule(name)
-            assert isinstance(moe, MoEFeedForward)
+            assert isinstance(moe, MoEFeedForward) and isinstance(moe.experts, nn.ModuleList)
             for expert, state in zip(moe.experts, weights[f"{prefix}.{name}"], strict=True):
                 expert.load_state_dict(state)
     model.config.moe = {
