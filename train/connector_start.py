@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from mllm.connector import regress, ridge_start, solve_ridge
-from train.instruction_data import InstructionSample
+from train.instruction_rows import InstructionSample
 
 _MAX_TOKENS = 131_072
 _MAX_WORDS = 512
@@ -39,7 +39,7 @@ def start_connector(
         model: Its connector is changed in place.
         tokenizer: Of its language model.
         samples: Pictures and what is said of them.
-        features: ``(n, N, V)`` by ``image_key``.
+        features: ``(n, N, V)`` by ``image_keys``.
         seed: Of the random features, the order of the regression, and the pictures that are used
             where there are many.
 
@@ -49,7 +49,8 @@ def start_connector(
     words_by_key: dict[int, set[str]] = {}
     for sample in samples:
         text = " ".join(answer for _, answer in sample.turns).lower()
-        words_by_key.setdefault(sample.image_key, set()).update(re.findall(r"\w+", text))
+        for key in sample.image_keys:
+            words_by_key.setdefault(key, set()).update(re.findall(r"\w+", text))
     keys = np.array(sorted(words_by_key))
     num_tokens = features.shape[1]
     if len(keys) * num_tokens > _MAX_TOKENS:

@@ -30,15 +30,16 @@ from train.config import recipe_dict, save_resolved
 from train.connector_start import start_connector
 from train.engine import fit
 from train.features import cached_features
-from train.instruction_data import (
-    BatchDataset,
+from train.instruction_data import BatchDataset, plan_batches
+from train.instruction_model import InstructionModel
+from train.instruction_rows import (
     InstructionSample,
     Row,
+    RowLimits,
     chat_row,
+    learnable,
     plain_row,
-    plan_batches,
 )
-from train.instruction_model import InstructionModel
 from train.instruction_sources import InstructionData, load_sources
 from train.lora import inject_lora
 from train.precision import use_bf16
@@ -153,6 +154,9 @@ def tower_features(
     layer = model.config.vision_feature_layer
     if not isinstance(layer, int):
         raise InputError(f"'vision_feature_layer' of the MLLM is {layer}, it must be one layer")
+    if not data.open_images:
+        width = model.model.vision_tower.config.hidden_size
+        return np.zeros((0, model.config.image_seq_length, width), np.float16)
     return cached_features(
         model.model.vision_tower.eval(),
         processor.image_processor,
@@ -169,16 +173,19 @@ def build_rows(
     processor: LlavaProcessor,
     samples: list[InstructionSample],
 ) -> list[Row]:
-    """Token rows of the samples, in the recipe's template."""
-    num_image_tokens = model.config.image_seq_length
+    """Token rows of the samples, in the recipe's template, within the language model's context."""
+    context = model.model.language_model.config.max_position_embeddings
+    limits = RowLimits(
+        image_token_id=model.config.image_token_id,
+        num_image_tokens=lambda _: model.config.image_seq_length,
+        max_tokens=min(context, recipe.max_length or context),
+    )
     if recipe.template == "plain":
-        image_token_id = model.config.image_token_id
-        return [
-            plain_row(sample, processor.tokenizer, image_token_id, num_image_tokens)
-            for sample in samples
-        ]
-    prompts = ChatPrompts(processor, num_image_tokens)
-    return [chat_row(sample, prompts) for sample in samples]
+        rows = [plain_row(sample, processor.tokenizer, limits) for sample in samples]
+    else:
+        prompts = ChatPrompts(processor, model.config.image_seq_length)
+        rows = [chat_row(sample, prompts, limits) for sample in samples]
+    return learnable(rows, samples)
 
 
 @dataclass

@@ -4,6 +4,7 @@ Each source gives samples, opens its pictures and names them, so that what is co
 can be cached.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -17,7 +18,7 @@ from PIL import Image
 
 from mllm.easy_vqa import EasyVQA, EasyVQAQuestion
 from mllm.scenes import ScenesDataset
-from train.instruction_data import InstructionSample
+from train.instruction_rows import InstructionSample
 from train.recipe import InstructionSource
 from train.scene_world import scene_world
 from vision_moe import InputError, open_image, sha256_file
@@ -28,7 +29,7 @@ _NUM_PROBES = 4
 
 @dataclass(frozen=True)
 class InstructionData:
-    """Samples, and the pictures that their ``image_key`` numbers.
+    """Samples, and the pictures that their ``image_keys`` number.
 
     Attributes:
         samples: Keys count the distinct pictures from 0.
@@ -56,7 +57,7 @@ def load_sources(sources: Sequence[InstructionSource], seed: int) -> Instruction
         part = _READERS[source.name](source, seed)
         offset = len(data.open_images)
         data.samples.extend(
-            InstructionSample(offset + one.image_key, one.turns, one.is_dialogue)
+            dataclasses.replace(one, image_keys=tuple(offset + key for key in one.image_keys))
             for one in part.samples
         )
         data.open_images.extend(part.open_images)
@@ -91,7 +92,7 @@ def _scenes_captions(source: InstructionSource, seed: int) -> InstructionData:
     scenes, data = _scenes(source, seed)
     for index in range(len(scenes)):
         turns = ((CAPTION_REQUEST, scenes[index].detailed_caption),)
-        data.samples.append(InstructionSample(index, turns))
+        data.samples.append(InstructionSample((index,), turns))
     return data
 
 
@@ -100,7 +101,7 @@ def _scenes_questions(source: InstructionSource, seed: int) -> InstructionData:
     for index in range(len(scenes)):
         turns = [(one.text, one.answer) for one in scenes[index].questions]
         turns = _draw(turns, source.questions_per_image, [seed, index])
-        data.samples.append(InstructionSample(index, tuple(turns)))
+        data.samples.append(InstructionSample((index,), tuple(turns)))
     return data
 
 
@@ -129,7 +130,7 @@ def _easy_vqa(source: InstructionSource, seed: int) -> InstructionData:
     paths = [dataset.image_path(image_id) for image_id in image_ids]
     samples = [
         InstructionSample(
-            index, tuple(_draw(turns_of[image_id], source.questions_per_image, [seed, image_id]))
+            (index,), tuple(_draw(turns_of[image_id], source.questions_per_image, [seed, image_id]))
         )
         for index, image_id in enumerate(image_ids)
     ]
@@ -178,7 +179,7 @@ def _llava_json(source: InstructionSource, seed: int) -> InstructionData:
         path = folder / image
         if not path.is_file():
             raise InputError(f"{where}: there is no picture '{path}'")
-        samples.append(InstructionSample(paths.setdefault(path, len(paths)), turns, True))
+        samples.append(InstructionSample((paths.setdefault(path, len(paths)),), turns, True))
     return _with_files(samples, list(paths))
 
 

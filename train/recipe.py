@@ -190,6 +190,8 @@ class InstructionRecipe(Recipe):
 
     template: Literal["chat", "plain"] = "chat"
     """``plain`` (LLaVA pretraining): picture, then answer; questions are discarded."""
+    max_length: Positive | None = None
+    """Most tokens of one conversation, pictures included; the language model's context at most."""
     data: Annotated[list[InstructionSource], MinLen(1)]
 
     trainable: Trainable = field(default_factory=Trainable)

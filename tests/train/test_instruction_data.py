@@ -11,17 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from mllm.prompts import ChatPrompts
-from train.instruction_data import (
-    InstructionSample,
-    Row,
-    chat_row,
-    collate,
-    plain_row,
-    plan_batches,
-    plan_epoch,
-    shared_prefix_mask,
-)
+from train.instruction_data import collate, plan_batches, plan_epoch, shared_prefix_mask
 from train.instruction_model import InstructionModel
+from train.instruction_rows import InstructionSample, Row, RowLimits, chat_row, plain_row
 
 QUESTIONS = (
     ("what is the color of the circle?", "red"),
@@ -29,10 +21,32 @@ QUESTIONS = (
     ("is there a blue rectangle?", "no one"),
 )
 SAMPLES = [
-    InstructionSample(0, QUESTIONS),
-    InstructionSample(1, QUESTIONS[1:2]),
-    InstructionSample(2, QUESTIONS[:2], is_dialogue=True),
+    InstructionSample((0,), QUESTIONS),
+    InstructionSample((1,), QUESTIONS[1:2]),
+    InstructionSample((2,), QUESTIONS[:2], is_dialogue=True),
 ]
+SEVERAL = InstructionSample((2, 0), QUESTIONS[:2])
+TEXT_ONLY = InstructionSample((), QUESTIONS[:2])
+ANYWHERE = InstructionSample(
+    (1, 0, 2),
+    (
+        (("is ", " above ", "?"), "no one"),
+        ("why?", "yes"),
+        (("", "\nhow many?"), "two"),
+    ),
+    is_dialogue=True,
+)
+
+
+def limits_of(model: Any, max_tokens: int | None = None) -> RowLimits:
+    return RowLimits(
+        model.config.image_token_id, lambda _: model.config.image_seq_length, max_tokens
+    )
+
+
+@pytest.fixture
+def limits(mllm: Any) -> RowLimits:
+    return limits_of(mllm[0])
 
 
 @pytest.fixture
@@ -74,10 +88,11 @@ def stock_loss(model: Any, processor: Any, rows: list[Row]) -> Tensor:
     """Token-weighted mean of what LlavaForConditionalGeneration says of every sequence."""
     total, count = torch.zeros(()), 0
     for row in rows:
+        pixels = [pixel_values(processor, key) for key in row.image_keys]
         for input_ids, labels in separate_sequences(row):
             output = model(
                 input_ids=input_ids,
-                pixel_values=pixel_values(processor, row.image_key),
+                pixel_values=torch.cat(pixels) if pixels else None,
                 attention_mask=torch.ones_like(input_ids),
                 labels=labels,
             )
@@ -95,18 +110,15 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
 def test_loss_and_gradients_equal_those_of_separate_stock_sequences(
-    mllm: Any, prompts: ChatPrompts, template: str
+    mllm: Any, prompts: ChatPrompts, limits: RowLimits, template: str
 ) -> None:
     model, processor = mllm
     model.model.vision_tower.requires_grad_(False)
     if template == "chat":
-        rows = [chat_row(sample, prompts) for sample in SAMPLES]
+        samples = [*SAMPLES, SEVERAL, TEXT_ONLY, ANYWHERE]
+        rows = [chat_row(sample, prompts, limits) for sample in samples]
     else:
-        count = model.config.image_seq_length
-        rows = [
-            plain_row(sample, processor.tokenizer, prompts.image_token_id, count)
-            for sample in SAMPLES
-        ]
+        rows = [plain_row(sample, processor.tokenizer, limits) for sample in SAMPLES]
     batch = collate(rows, features_of(model, processor), pad_token_id=2)
     shared = InstructionModel(model)(**batch)["loss"]
     shared_gradients = gradients(model, shared)
@@ -121,50 +133,24 @@ def test_loss_and_gradients_equal_those_of_separate_stock_sequences(
 
 
 def test_loss_of_many_labels_is_that_of_few_at_a_time(
-    mllm: Any, prompts: ChatPrompts, monkeypatch: pytest.MonkeyPatch
+    mllm: Any, prompts: ChatPrompts, limits: RowLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = mllm
-    rows = [chat_row(sample, prompts) for sample in SAMPLES]
+    rows = [chat_row(sample, prompts, limits) for sample in SAMPLES]
     batch = collate(rows, features_of(model, processor), pad_token_id=2)
     whole = InstructionModel(model)(**batch)["loss"]
     monkeypatch.setattr("train.instruction_model._LOGITS_CHUNK", 3)
     torch.testing.assert_close(InstructionModel(model)(**batch)["loss"], whole)
 
 
-def test_only_answers_and_their_ends_are_learnt(mllm: Any, prompts: ChatPrompts) -> None:
-    _, processor = mllm
-    row = chat_row(SAMPLES[0], prompts)
-    assert processor.tokenizer.decode(row.labels) == "red<|im_end|>two<|im_end|>no one<|im_end|>"
-
-
-def test_positions_restart_after_the_prefix(prompts: ChatPrompts) -> None:
-    row = chat_row(SAMPLES[0], prompts)
-    for branch in (1, 2, 3):
-        positions = row.position_ids[row.branch_ids == branch]
-        start = len(prompts.prefix_ids)
-        assert positions.tolist() == list(range(start, start + len(positions)))
-
-
-def test_dialogue_is_one_branch_in_the_chat_format(mllm: Any, prompts: ChatPrompts) -> None:
-    _, processor = mllm
-    row = chat_row(SAMPLES[2], prompts)
-    (question, answer), (second_question, second_answer) = SAMPLES[2].turns
-    conversation = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": second_question},
-        {"role": "assistant", "content": second_answer},
-    ]
-    text = processor.apply_chat_template(conversation)
-    text = text.replace("<image>", "<image>" * 16)
-    assert processor.tokenizer.decode(row.input_ids) == text.rstrip("\n")
-
-
-def test_plain_row_has_no_question(mllm: Any, prompts: ChatPrompts) -> None:
-    _, processor = mllm
-    row = plain_row(SAMPLES[1], processor.tokenizer, prompts.image_token_id, 16)
-    assert processor.tokenizer.decode(row.input_ids) == "<image>" * 16 + "two\n"
-    assert processor.tokenizer.decode(row.labels) == "two\n"
+def test_text_only_batch_leaves_the_connector_in_the_graph(
+    mllm: Any, prompts: ChatPrompts, limits: RowLimits
+) -> None:
+    model, processor = mllm
+    batch = collate([chat_row(TEXT_ONLY, prompts, limits)], features_of(model, processor), 2)
+    InstructionModel(model)(**batch)["loss"].backward()
+    connector = model.model.multi_modal_projector
+    assert all(p.grad is not None and not p.grad.any() for p in connector.parameters())
 
 
 def test_mask_of_two_branches_and_padding() -> None:

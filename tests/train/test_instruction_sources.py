@@ -29,13 +29,13 @@ def test_scenes_captions_have_one_turn() -> None:
 
 def test_picture_of_a_key_is_its_own() -> None:
     data = load_sources([scenes()], seed=0)
-    pictures = {data.open_images[sample.image_key]().tobytes() for sample in data.samples}
+    pictures = {data.open_images[sample.image_keys[0]]().tobytes() for sample in data.samples}
     assert len(pictures) == 3
 
 
 def test_sources_are_joined_with_keys_of_their_own() -> None:
     data = load_sources([scenes(), scenes("scenes_captions")], seed=0)
-    assert [sample.image_key for sample in data.samples] == [0, 1, 2, 3, 4, 5]
+    assert [sample.image_keys for sample in data.samples] == [(key,) for key in range(6)]
     assert len(data.open_images) == len(data.image_identities) == 6
 
 
