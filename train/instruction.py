@@ -5,17 +5,15 @@ The result is a plain LLaVA checkpoint: adapters are merged into the weights tha
 
 import itertools
 import json
-import logging
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import (
     AutoImageProcessor,
     LlavaForConditionalGeneration,
@@ -41,17 +39,14 @@ from train.instruction_rows import (
     plain_row,
 )
 from train.instruction_sources import InstructionData, load_sources
-from train.lora import inject_lora
+from train.parts import TrainableParts, set_trainable
+from train.pictures import KeptFeatures, Pictures, PixelValues
 from train.precision import use_bf16
-from train.recipe import InstructionRecipe, Trainable
+from train.recipe import InstructionRecipe
+from train.router_losses import router_settings
 from train.schedule import learning_rate_schedule
 from train.stages import Stage, StageResult
 from vision_moe import CLIPMoEVisionModel, InputError, no_library_progress_bars
-
-if TYPE_CHECKING:
-    import peft
-
-logger = logging.getLogger(__name__)
 
 # What a recipe says about the run rather than its result, and paths, whose content is an input.
 _NOT_CONFIGURATION = ("out", "llm", "tower", "init_from", "log_steps", "save_steps", "resume")
@@ -92,18 +87,18 @@ def _make(recipe: InstructionRecipe, stage: Stage, folder: Path) -> None:
     started = time.monotonic()
     model, processor = load_model(recipe)
     data = load_sources(recipe.data, recipe.seed)
-    features = tower_features(model, processor, data)
+    pictures = picture_inputs(recipe, model, processor, data)
     rows = build_rows(recipe, model, processor, data.samples)
     explained = None
     if recipe.init_from is None and recipe.connector_start == "words":
-        said, seen = data, features
+        said = data
         if recipe.connector_start_data:
             said = load_sources(recipe.connector_start_data, recipe.seed)
-            seen = tower_features(model, processor, said)
+        seen = tower_features(model, processor, said)
         explained = start_connector(model, processor.tokenizer, said.samples, seen, recipe.seed)
     parts = set_trainable(model, recipe.trainable, recipe.seed)
     plan = plan_run(recipe, rows)
-    history = _fit(recipe, stage, model, processor, parts, plan, rows, features)
+    history = _fit(recipe, stage, model, processor, parts, plan, rows, pictures)
     parts.merge()
     save_mllm(model, processor, folder)
     save_resolved(recipe, folder / RECIPE_FILE)
@@ -147,6 +142,18 @@ def load_model(
     return model, processor
 
 
+def picture_inputs(
+    recipe: InstructionRecipe,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    data: InstructionData,
+) -> Pictures:
+    """What a step reads of its pictures: kept features, or pixels for a tower that trains."""
+    if recipe.trainable.tower_trains:
+        return PixelValues(data.open_images, processor.image_processor)
+    return KeptFeatures(tower_features(model, processor, data))
+
+
 def tower_features(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, data: InstructionData
 ) -> np.ndarray:
@@ -186,58 +193,6 @@ def build_rows(
         prompts = ChatPrompts(processor, model.config.image_seq_length)
         rows = [chat_row(sample, prompts, limits) for sample in samples]
     return learnable(rows, samples)
-
-
-@dataclass
-class TrainableParts:
-    """What :func:`set_trainable` made: parameters by part, and the adapters to merge at the end."""
-
-    parameters: dict[str, list[nn.Parameter]]
-    num_parameters: dict[str, dict[str, int]]
-    adapters: "peft.LoraModel | None"
-
-    def merge(self) -> None:
-        """Add the adapters to the weights that they adapt; the model is then a plain one."""
-        if self.adapters is not None:
-            self.adapters.merge_and_unload()
-            self.adapters = None
-
-
-def set_trainable(
-    model: LlavaForConditionalGeneration, trainable: Trainable, seed: int = 0
-) -> TrainableParts:
-    """Freeze all but what the recipe names, and log what that leaves.
-
-    LoRA goes into the language model alone, never into its head; ``seed`` is of its adapters.
-    """
-    model.requires_grad_(False)
-    adapters = None
-    language_model = model.model.language_model
-    if trainable.connector.mode == "full":
-        model.model.multi_modal_projector.requires_grad_(True)
-    if trainable.llm.mode == "full":
-        language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-    elif trainable.llm.mode == "lora":
-        adapters = inject_lora(language_model, trainable.llm, seed)
-    modules = {
-        "tower": [model.model.vision_tower],
-        "connector": [model.model.multi_modal_projector],
-        "llm": [language_model, model.lm_head],
-    }
-    parameters, counts = {}, {}
-    for part, members in modules.items():
-        # A head that is tied to the embeddings is one parameter.
-        every = {id(p): p for member in members for p in member.parameters()}.values()
-        trained = [p for p in every if p.requires_grad]
-        total, count = sum(p.numel() for p in every), sum(p.numel() for p in trained)
-        counts[part] = {"total": total, "trained": count}
-        logger.info("%s: %s of %s parameters train", part, f"{count:,}", f"{total:,}")
-        if trained:
-            parameters[part] = trained
-    if not parameters:
-        raise InputError("the recipe trains nothing: both parts of 'trainable' are frozen")
-    return TrainableParts(parameters, counts, adapters)
 
 
 @dataclass(frozen=True)
@@ -287,16 +242,16 @@ def _fit(
     parts: TrainableParts,
     plan: RunPlan,
     rows: list[Row],
-    features: np.ndarray,
+    pictures: Pictures,
 ) -> list[dict[str, float]]:
-    rates = {"connector": recipe.trainable.connector.lr, "llm": recipe.trainable.llm.lr}
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "lr": rates[part]} for part, parameters in parts.parameters.items()
+        {"params": parameters, "lr": getattr(recipe.trainable, part).lr}
+        for part, parameters in parts.parameters.items()
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     history = fit(
-        InstructionModel(model),
-        BatchDataset(rows, plan.batches, features, processor.tokenizer.pad_token_id or 0),
+        InstructionModel(model, router_settings(recipe, model, parts)),
+        BatchDataset(rows, plan.batches, pictures, processor.tokenizer.pad_token_id or 0),
         optimizer,
         learning_rate_schedule(
             optimizer, recipe.schedule, math.ceil(recipe.warmup_ratio * plan.steps), plan.steps

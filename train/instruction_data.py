@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from train.instruction_rows import PREFIX, Row
+from train.pictures import Pictures
 
 PADDING = -1
 
@@ -35,18 +36,18 @@ def shared_prefix_mask(branch_ids: Tensor) -> Tensor:
     return (sees & causal)[:, None]
 
 
-def collate(rows: Sequence[Row], features: np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Row], pictures: Pictures, pad_token_id: int) -> dict[str, Tensor]:
     """Pad rows to the longest.
 
     Args:
         rows: B of them.
-        features: ``(images, N, V)`` features of every picture, by its number.
+        pictures: What the model reads of the pictures, by their numbers.
         pad_token_id: Any id; padding is neither seen nor learnt.
 
     Returns:
         ``input_ids``, ``position_ids``, ``branch_ids`` ``(B, L)``; ``label_positions`` ``(M,)``,
-        counted through the flattened ``(B * L)``; ``labels`` ``(M,)``; ``image_features``
-        ``(I, N, V)``, in the order of the pictures' tokens; I is 0 where all rows are text.
+        counted through the flattened ``(B * L)``; ``labels`` ``(M,)``; what ``pictures`` gives,
+        in the order of the pictures' tokens: I of them, 0 where all rows are text.
     """
     length = max(len(row) for row in rows)
 
@@ -64,7 +65,7 @@ def collate(rows: Sequence[Row], features: np.ndarray, pad_token_id: int) -> dic
         "branch_ids": padded("branch_ids", PADDING),
         "label_positions": torch.from_numpy(np.concatenate(label_positions)),
         "labels": torch.from_numpy(np.concatenate([row.labels for row in rows])),
-        "image_features": torch.from_numpy(np.asarray(features[keys])),
+        **pictures(keys),
     }
 
 
@@ -120,12 +121,12 @@ class BatchDataset(Dataset[dict[str, Tensor]]):
         self,
         rows: Sequence[Row],
         batches: Sequence[Sequence[int]],
-        features: np.ndarray,
+        pictures: Pictures,
         pad_token_id: int,
     ) -> None:
         self.rows = rows
         self.batches = batches
-        self.features = features
+        self.pictures = pictures
         self.pad_token_id = pad_token_id
 
     def __len__(self) -> int:
@@ -133,7 +134,7 @@ class BatchDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rows = [self.rows[number] for number in self.batches[index]]
-        return collate(rows, self.features, self.pad_token_id)
+        return collate(rows, self.pictures, self.pad_token_id)
 
 
 def only_item(items: Sequence[Any]) -> Any:

@@ -1,7 +1,7 @@
 """LLaVA for training on shared-prefix rows: a batch in, the loss out.
 
 B rows, L padded length, M labelled tokens, N image tokens, V tower width, D width of the language
-model.
+model, H, W sides of a picture.
 """
 
 import torch
@@ -11,13 +11,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from train.attention import attention_kernel
-from train.instruction_data import shared_prefix_mask
+from train.instruction_data import PADDING, shared_prefix_mask
+from train.router_losses import RouterLosses, RouterSettings
 
 _LOGITS_CHUNK = 512
 
 
 class InstructionModel(nn.Module):
-    """Wraps a stock LLaVA, whose tower's features come with the batch.
+    """Wraps a stock LLaVA. Its tower's features come with the batch, or pictures if it trains.
 
     The same function as ``LlavaForConditionalGeneration.forward`` with labels, but logits are
     computed only where there is a label: over a vocabulary of 49,152 they are else the larger part
@@ -27,9 +28,12 @@ class InstructionModel(nn.Module):
     # The trainer then passes num_items_in_batch, and leaves the scaling to the loss here.
     accepts_loss_kwargs = True
 
-    def __init__(self, llava: LlavaForConditionalGeneration) -> None:
+    def __init__(
+        self, llava: LlavaForConditionalGeneration, routers: RouterSettings | None = None
+    ) -> None:
         super().__init__()
         self.llava = llava
+        self.router_losses = RouterLosses(llava, routers)
 
     def forward(
         self,
@@ -38,10 +42,14 @@ class InstructionModel(nn.Module):
         branch_ids: Tensor,
         label_positions: Tensor,
         labels: Tensor,
-        image_features: Tensor,
+        image_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Cross-entropy of the labelled tokens.
+        """Cross-entropy of the labelled tokens, and the routers' losses where some take part.
+
+        The latter are averaged over the batches of an optimiser step by their labelled tokens, so
+        that several processes and gradient accumulation come to the same.
 
         Args:
             input_ids: ``(B, L)``.
@@ -49,7 +57,8 @@ class InstructionModel(nn.Module):
             branch_ids: ``(B, L)``, see :func:`shared_prefix_mask`.
             label_positions: ``(M,)`` into the flattened ``(B * L)``.
             labels: ``(M,)``.
-            image_features: ``(B, N, V)``.
+            image_features: ``(I, N, V)``, in the order of the pictures' tokens; or
+            pixel_values: ``(I, 3, H, W)``.
             num_items_in_batch: What the summed loss is divided by: the labels of all batches of an
                 optimiser step. M by default.
 
@@ -59,20 +68,40 @@ class InstructionModel(nn.Module):
         model = self.llava.model
         embeddings = model.language_model.get_input_embeddings()(input_ids)      # (B, L, D)
         is_image = (input_ids == self.llava.config.image_token_id).unsqueeze(-1)
-        projected = model.multi_modal_projector(image_features.to(embeddings.dtype))
+        with self.router_losses.watch(self.llava) as watched:
+            if image_features is None:
+                assert pixel_values is not None, "a batch without pictures"
+                image_features = self._tower_features(pixel_values)
+            projected = model.multi_modal_projector(image_features.to(embeddings.dtype))
         embeddings = embeddings.masked_scatter(is_image, projected.to(embeddings.dtype))
         with attention_kernel(embeddings.device, embeddings.shape[1]):
-            hidden = model.language_model(
+            output = model.language_model(
                 inputs_embeds=embeddings,
                 position_ids=position_ids,
                 attention_mask=shared_prefix_mask(branch_ids),
                 use_cache=False,
-            ).last_hidden_state
-        predicting = hidden.flatten(0, 1)[label_positions]                       # (M, D)
+                **self.router_losses.llm_arguments,
+            )
+        has_pictures = len(image_features) > 0
+        auxiliary = self.router_losses(watched, output, branch_ids != PADDING, has_pictures)
+        predicting = output.last_hidden_state.flatten(0, 1)[label_positions]      # (M, D)
         chunks = zip(predicting.split(_LOGITS_CHUNK), labels.split(_LOGITS_CHUNK), strict=True)
         total = torch.stack([self._summed_loss(h, y) for h, y in chunks]).sum()
+        if auxiliary is not None:
+            total = total + labels.numel() * auxiliary
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
+
+    def _tower_features(self, pixel_values: Tensor) -> Tensor:
+        config = self.llava.config
+        num_images = len(pixel_values)
+        if num_images == 0:
+            # The tower runs all the same: data-parallel training waits for its gradients.
+            pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+        states = self.llava.model.vision_tower(pixel_values, output_hidden_states=True)
+        drop_first = config.vision_feature_select_strategy == "default"
+        features: Tensor = states.hidden_states[config.vision_feature_layer][:, int(drop_first) :]
+        return features[:num_images]
 
     def _summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         # Logits are recomputed in the backward pass, so that one chunk of them exists at a time.

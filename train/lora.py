@@ -1,25 +1,36 @@
-"""Low-rank adapters inside a language model, to be merged into its weights at the end."""
+"""Low-rank adapters inside a part of the model, to be merged into its weights at the end."""
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from train.recipe import LLMTraining
+from train.recipe import PartTraining
 from vision_moe import InputError
 
 if TYPE_CHECKING:
     import peft
 
 
-def inject_lora(language_model: nn.Module, settings: LLMTraining, seed: int) -> "peft.LoraModel":
-    """Put adapters into ``language_model``, in place, and freeze all else of it.
+def inject_lora(
+    module: nn.Module,
+    part: str,
+    settings: PartTraining,
+    seed: int,
+    belongs: Callable[[str], bool] | None = None,
+    beside: "peft.LoraModel | None" = None,
+) -> "peft.LoraModel":
+    """Put adapters into ``module``, in place, and freeze all else of it.
 
     Args:
-        language_model: Without its head.
+        module: A language model without its head, a tower, a connector.
+        part: Names the adapter, and the recipe's key in errors.
         settings: Rank, scale, dropout and which layers.
         seed: Of the adapters' initial weights.
+        belongs: Which layers of ``module`` are the part's, by qualified name; all by default.
+        beside: What holds the adapters of another part of ``module``.
 
     Returns:
         What ``merge_and_unload()`` is called on; not a part of the model.
@@ -27,16 +38,46 @@ def inject_lora(language_model: nn.Module, settings: LLMTraining, seed: int) -> 
     # bitsandbytes, which peft imports, warns of an optional package that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import peft
+    from peft.tuners.lora import LoraLayer
 
+    target: str | list[str] = settings.target
+    if belongs is not None:
+        target = [
+            name
+            for name, layer in module.named_modules()
+            if _can_adapt(name, layer) and belongs(name) and _is_chosen(name, settings.target)
+        ]
+        if not target:
+            raise InputError(f"'trainable.{part}.target': {settings.target} names no layer of it")
     config = peft.LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=settings.target,
+        target_modules=target,
     )
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return peft.LoraModel(language_model, config, "default")
+            if beside is None:
+                adapted = peft.LoraModel(module, config, part)
+            else:
+                adapted = beside
+                adapted.peft_config[part] = config
+                adapted.inject_adapter(module, part)
     except ValueError as error:
-        raise InputError(f"'trainable.llm.target': {error}") from error
+        raise InputError(f"'trainable.{part}.target': {error}") from error
+    # Each layer has one adapter, that of its part; peft has just put all others to sleep.
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter(list(layer.r))  # type: ignore[attr-defined]
+    return adapted
+
+
+def _can_adapt(name: str, layer: nn.Module) -> bool:
+    # The output projection of PyTorch's own attention is adapted with the attention.
+    inside_attention = type(layer).__name__ == "NonDynamicallyQuantizableLinear"
+    return isinstance(layer, (nn.Linear, nn.MultiheadAttention)) and not inside_attention
+
+
+def _is_chosen(name: str, target: str | list[str]) -> bool:
+    return target == "all-linear" or any(f".{name}".endswith(f".{one}") for one in target)

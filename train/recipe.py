@@ -143,13 +143,9 @@ class InstructionSource(Strict):
 
 
 @dataclass(kw_only=True)
-class ConnectorTraining(Strict):
-    mode: Literal["full", "frozen"] = "full"
-    lr: PositiveFloat = 1e-3
+class PartTraining(Strict):
+    """How a part of the MLLM trains: not at all, by low-rank adapters, or all of it."""
 
-
-@dataclass(kw_only=True)
-class LLMTraining(Strict):
     mode: Literal["frozen", "lora", "full"] = "frozen"
     lr: PositiveFloat = 2e-4
     r: Positive = 16
@@ -158,15 +154,53 @@ class LLMTraining(Strict):
     """LoRA: the update is scaled by ``alpha / r``."""
     dropout: Annotated[float, Ge(0), Le(0.9)] = 0.0
     target: Literal["all-linear"] | Annotated[list[str], MinLen(1)] = "all-linear"
-    """LoRA: names of the linear layers that get an adapter."""
+    """LoRA: names of the layers that get an adapter."""
+
+
+@dataclass(kw_only=True)
+class ConnectorTraining(PartTraining):
+    mode: Literal["frozen", "lora", "full"] = "full"
+    lr: PositiveFloat = 1e-3
+
+
+@dataclass(kw_only=True)
+class LLMTraining(PartTraining):
+    pass
+
+
+@dataclass(kw_only=True)
+class TowerTraining(PartTraining):
+    """``lr``: CuMo's for a tower that trains with all else."""
+
+    lr: PositiveFloat = 2e-6
+
+
+@dataclass(kw_only=True)
+class RouterPartTraining(PartTraining):
+    lr: PositiveFloat = 1e-4
 
 
 @dataclass(kw_only=True)
 class Trainable(Strict):
-    """What trains; the vision tower is frozen."""
+    """What trains; the parts do not overlap, and a part that is not named is frozen.
+
+    Where a part of the tower trains, the tower runs in every step; otherwise its features are
+    computed once and kept.
+    """
 
     connector: ConnectorTraining = field(default_factory=ConnectorTraining)
+    """All between tower and language model, with routers and experts of its own if it has any."""
     llm: LLMTraining = field(default_factory=LLMTraining)
+    """The language model with its head, without the routers of one that is a mixture."""
+    llm_router: RouterPartTraining = field(default_factory=RouterPartTraining)
+    vision: TowerTraining = field(default_factory=TowerTraining)
+    """The tower without its routers and experts; all of a dense tower."""
+    router: RouterPartTraining = field(default_factory=RouterPartTraining)
+    experts: TowerTraining = field(default_factory=TowerTraining)
+
+    @property
+    def tower_trains(self) -> bool:
+        return any(part.mode != "frozen" for part in (self.vision, self.router, self.experts))
 
 
 @dataclass(kw_only=True)
@@ -195,6 +229,12 @@ class InstructionRecipe(Recipe):
     data: Annotated[list[InstructionSource], MinLen(1)]
 
     trainable: Trainable = field(default_factory=Trainable)
+    balance: NonNegative = 0.01
+    """Weight of the balance loss of tower and connector blocks that are mixtures and train."""
+    router_z: NonNegative = 0.0
+    """Weight of their routers' z-loss, ``mean(logsumexp(logits)²)``."""
+    llm_balance: NonNegative | None = None
+    """Weight of a mixture language model's own balance loss; what its config says by default."""
     batch_rows: Positive = 16
     """At most so many pictures in a batch of one process."""
     max_tokens_per_batch: Positive = 4096

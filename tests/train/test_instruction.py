@@ -10,15 +10,17 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from train import engine, run_recipe, stages
 from train.config import load_recipe
-from train.instruction import set_trainable
+from train.parts import set_trainable
 from train.recipe import (
     ConnectorTraining,
     InstructionRecipe,
     InstructionSource,
     LLMTraining,
+    RouterPartTraining,
+    TowerTraining,
     Trainable,
 )
-from vision_moe import InputError
+from vision_moe import CLIPMoEVisionModel, InputError
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_log_and_resolved_recipe_stand_beside_the_checkpoint(recipe: Instruction
     assert load_recipe(folder / "recipe.yaml") == recipe
     content = log(recipe)
     assert content["steps"] == 6
-    assert content["num_parameters"]["tower"]["trained"] == 0
+    assert content["num_parameters"]["vision"]["trained"] == 0
 
 
 def test_frozen_llm_and_tower_stay_as_they_are(recipe: InstructionRecipe, tmp_path: Path) -> None:
@@ -252,3 +254,19 @@ def test_stage_says_what_it_took(recipe: InstructionRecipe) -> None:
     folder = run_recipe(recipe)
     record = json.loads((folder / stages.RECORD).read_text())
     assert record["seconds"] > 0
+
+
+def test_tower_parts_train_at_their_own_rates(recipe: InstructionRecipe, clip_folder: Path) -> None:
+    recipe.trainable = Trainable(
+        vision=TowerTraining(mode="lora", lr=1e-2),
+        router=RouterPartTraining(mode="full", lr=1e-2),
+        experts=TowerTraining(mode="full", lr=1e-30),
+    )
+    recipe.steps = 2
+    folder = run_recipe(recipe)
+    tower = CLIPMoEVisionModel.from_pretrained(clip_folder).state_dict()
+    after = LlavaForConditionalGeneration.from_pretrained(folder).model.vision_tower.state_dict()
+    changed = {name for name in tower if not torch.equal(tower[name], after[name])}
+    assert any(".router." in name for name in changed)
+    assert any(".attn." in name for name in changed)
+    assert not any(".experts." in name for name in changed)
