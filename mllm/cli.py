@@ -85,7 +85,9 @@ def _run_recipe(name: str, overrides: tuple[str, ...], upcycles: bool) -> None:
     if isinstance(recipe, UpcycleRecipe) != upcycles:
         right = "train" if upcycles else "upcycle"
         raise InputError(f"recipe '{name}' is one for 'mllm {right}'")
-    click.echo(run_recipe(recipe))
+    folder = run_recipe(recipe)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one says where it is
+        click.echo(folder)
 
 
 @cli.command("eval")

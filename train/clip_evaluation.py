@@ -7,7 +7,7 @@ import torch
 
 from mllm.scenes import FACTORS, Scene, ScenesDataset, detailed_caption
 from train.attention import attention_kernel
-from train.dmu import encode_all
+from train.encoding import encode_all
 from train.pairs import load_pairs, scenes_dataset
 from train.recipe import ImageTextData
 from vision_moe import CLIPMoEModel, retrieval_recall

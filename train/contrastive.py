@@ -17,8 +17,9 @@ from train.attention import attention_kernel
 from train.config import recipe_dict, save_resolved
 from train.engine import fit
 from train.optimizers import build_optimizer
-from train.pairs import PairBatches, Pairs, load_pairs, random_batches
+from train.pairs import PairBatches, Pairs, load_pairs, random_batches, tell_of_skipped
 from train.precision import use_bf16
+from train.processes import processes
 from train.recipe import (
     ContrastiveRecipe,
     ContrastiveTraining,
@@ -87,17 +88,18 @@ class ContrastiveModel(nn.Module):
             if self.logit_scale is None
             else self.logit_scale
         )
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        state = processes()
         loss = contrastive_loss(
             image,
             text,
             scale,
             label_smoothing=self.label_smoothing,
-            world_size=torch.distributed.get_world_size() if distributed else 1,
-            rank=torch.distributed.get_rank() if distributed else 0,
+            world_size=state.num_processes,
+            rank=state.process_index,
         )
         if self.balance:
-            loss = loss + self.balance * load_balancing_loss(output.router_logits)
+            balance = load_balancing_loss(output.router_logits, state.num_processes)
+            loss = loss + self.balance * balance
         return {"loss": loss}
 
 
@@ -140,13 +142,19 @@ def train_contrastive(
     Returns:
         The log of :func:`train.engine.fit`.
     """
+    num_processes = processes().num_processes
+    if len(batches[0]) % num_processes:
+        raise InputError(
+            f"{stage.name}: a batch of {len(batches[0])} pairs cannot be shared evenly by"
+            f" {num_processes} processes"
+        )
     clip.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = build_optimizer(clip.named_parameters(), training)
     history = fit(
         ContrastiveModel(clip, training).train(),
-        PairBatches(pairs, batches, clip),
+        PairBatches(pairs, batches, clip, num_processes),
         optimizer,
         learning_rate_schedule(
             optimizer, "cosine", min(training.warmup_steps, training.steps // 2), training.steps
@@ -235,7 +243,7 @@ def _make(recipe: ContrastiveRecipe, stage: Stage, folder: Path) -> None:
     model = start_model(recipe.model, recipe.pretrained, recipe.seed)
     pairs = load_pairs(recipe.data, model, recipe.seed)
     training = recipe.training
-    batches = random_batches(len(pairs.tokens), training.batch_size, training.steps, recipe.seed)
+    batches = random_batches(len(pairs), training.batch_size, training.steps, recipe.seed)
     history = train_contrastive(
         model,
         list(model.parameters()),
@@ -249,4 +257,11 @@ def _make(recipe: ContrastiveRecipe, stage: Stage, folder: Path) -> None:
     )
     save(model, folder)
     save_resolved(recipe, folder / RECIPE_FILE)
-    write_log(folder, training=asdict(training), num_pairs=len(pairs.tokens), history=history)
+    write_log(
+        folder,
+        training=asdict(training),
+        num_pairs=len(pairs),
+        skipped_pairs=pairs.skipped,
+        history=history,
+    )
+    tell_of_skipped(pairs.skipped, len(pairs), recipe.out)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -18,32 +20,33 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from train import stages
-from train.attention import attention_kernel
 from train.config import save_resolved
 from train.contrastive import (
     LOG_FILE,
     RECIPE_FILE,
     configuration,
     data_inputs,
-    longest_sequence,
     model_inputs,
     start_model,
     train_contrastive,
     write_log,
 )
-from train.pairs import Pairs, load_pairs, random_batches
-from train.precision import use_bf16
-from train.recipe import Precision, UpcycleRecipe
+from train.encoding import encode_to_shards
+from train.pairs import Pairs, cluster_batches, load_pairs, random_batches, tell_of_skipped
+from train.processes import processes
+from train.recipe import UpcycleRecipe
 from train.stages import Stage, StageResult
 from vision_moe import (
     CLIPMoEModel,
     ClusterBatchSampler,
     InputError,
     accumulate_labels,
+    atomic_write_bytes,
+    atomic_write_text,
     ffn_state_dict,
     find_ffns,
     load_ffn_state_dict,
@@ -118,17 +121,20 @@ def _train_stage(
     """Cluster with the model of the stage before, then train this stage's feed-forward networks."""
     seed = recipe.seed + number + 1
     previous = _model_of(mcl[number - 1], base) if number else base
-    labels = _accumulated_labels(recipe, mcl, number, previous, pairs, seed)
+    workspace = Path(f"{mcl[number].folder}.labels-{mcl[number].fingerprint[:12]}")
+    before = mcl[number - 1].folder / LABEL_FILE if number else None
+    labels, seconds = _accumulated_labels(recipe, workspace, before, previous, pairs, seed)
     model = previous if recipe.stage_init == "previous" else base
     model = copy.deepcopy(model) if model is base else model
     sampler = ClusterBatchSampler(
         labels, recipe.stage.batch_size, seed=seed, global_share=recipe.global_share
     )
+    started = time.monotonic()
     history = train_contrastive(
         model,
         [p for site in find_ffns(model) for p in site.module.parameters()],
         pairs,
-        _batches(sampler, recipe.stage.steps),
+        cluster_batches(sampler, recipe.stage.steps),
         recipe.stage,
         stage=mcl[number],
         seed=seed,
@@ -141,8 +147,13 @@ def _train_stage(
         folder,
         training=asdict(recipe.stage),
         num_clusters=num_occupied_clusters(labels),
+        skipped_pairs=pairs.skipped,
+        seconds={**seconds, "training": time.monotonic() - started},
         history=history,
     )
+    tell_of_skipped(pairs.skipped, len(pairs), f"{mcl[number].folder / LOG_FILE}")
+    if processes().is_main_process:
+        shutil.rmtree(workspace)
 
 
 def _model_of(stage: Stage, base: CLIPMoEModel) -> CLIPMoEModel:
@@ -153,56 +164,41 @@ def _model_of(stage: Stage, base: CLIPMoEModel) -> CLIPMoEModel:
 
 def _accumulated_labels(
     recipe: UpcycleRecipe,
-    mcl: Sequence[Stage],
-    number: int,
+    workspace: Path,
+    before: Path | None,
     previous: CLIPMoEModel,
     pairs: Pairs,
     seed: int,
-) -> np.ndarray:
-    """``(M, S)``: the labels of the stages before and this one's."""
-    image, text = encode_all(previous, pairs, recipe.precision)
-    new = stage_labels(image.numpy(), text.numpy(), recipe.num_clusters, seed)
-    if not number:
-        return accumulate_labels(None, new)
-    before = load_file(mcl[number - 1].folder / LABEL_FILE)["labels"].numpy()
-    return accumulate_labels(before, new)
+) -> tuple[np.ndarray, dict[str, float]]:
+    """``(M, S)``: the labels of the stages ``before`` and this one's; and what took how long.
+
+    They are kept in ``workspace`` until the stage is whole, so that a run that was broken off in
+    its training neither encodes nor clusters again.
+    """
+    file, skipped_file = workspace / LABEL_FILE, workspace / "skipped.json"
+    seconds: dict[str, float] = {}
+    if not file.is_file():
+        started = time.monotonic()
+        shards = encode_to_shards(previous, pairs, recipe.precision, workspace / "features")
+        encoded = time.monotonic()
+        if processes().is_main_process:
+            new = stage_labels(shards.image, shards.text, recipe.num_clusters, seed)
+            labels = accumulate_labels(None if before is None else _labels_of(before), new)
+            dtype = np.min_scalar_type(-int(labels.max()) - 1)  # a byte, for K up to 11
+            atomic_write_text(skipped_file, json.dumps(pairs.skipped))
+            atomic_write_bytes(file, save_bytes({"labels": torch.from_numpy(labels.astype(dtype))}))
+        processes().wait_for_everyone()
+        seconds = {"features": encoded - started, "clustering": time.monotonic() - encoded}
+        if processes().is_main_process:
+            shards.remove()
+    skipped = json.loads(skipped_file.read_text(encoding="utf-8"))
+    pairs.skip({int(number): reason for number, reason in skipped.items()})
+    return _labels_of(file), seconds
 
 
-@torch.inference_mode()
-def encode_all(
-    model: CLIPMoEModel, pairs: Pairs, precision: Precision, batch_size: int = 512
-) -> tuple[Tensor, Tensor]:
-    """Image and text features of all pairs, ``(M, D)`` each, fp32 on the CPU."""
-    device = model.device
-    by_length = pairs.tokens.ne(0).sum(1).argsort(stable=True)
-    image, text = [], []
-    with (
-        torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision)),
-        attention_kernel(device, longest_sequence(model)),
-        tqdm(total=len(by_length), desc="encoding pairs", unit="pair", delay=2) as bar,
-    ):
-        for chosen in by_length.split(batch_size):
-            pixel_values = pairs.pixel_values(chosen.numpy())
-            tokens = model.trim_tokens(pairs.tokens[chosen])
-            image.append(model.encode_image(pixel_values.to(device)).float().cpu())
-            text.append(model.encode_text(tokens.to(device)).float().cpu())
-            bar.update(len(chosen))
-    back = by_length.argsort()
-    return torch.cat(image)[back], torch.cat(text)[back]
-
-
-def _batches(sampler: ClusterBatchSampler, steps: int) -> list[np.ndarray]:
-    """The first ``steps`` batches of as many epochs as that takes; batches cut short are left out
-    unless there are no others."""
-    batches: list[np.ndarray] = []
-    epoch = 0
-    while len(batches) < steps:
-        sampler.set_epoch(epoch)
-        made = sampler.batches()
-        whole = [batch for batch in made if len(batch) == sampler.batch_size]
-        batches += whole or made
-        epoch += 1
-    return batches[:steps]
+def _labels_of(file: Path) -> np.ndarray:
+    """``(M, S)``, memory-mapped."""
+    return load_file(file)["labels"].numpy()
 
 
 def _assemble(
@@ -224,11 +220,12 @@ def _assemble(
         routers[name] = layer.router.weight  # type: ignore[assignment]
     start = {name: weight.detach().clone() for name, weight in routers.items()}
     training = recipe.router
+    left_out = np.flatnonzero((_labels_of(mcl[-1].folder / LABEL_FILE) < 0).any(axis=1))
     history = train_contrastive(
         model,
         list(routers.values()),
         pairs,
-        random_batches(len(pairs.tokens), training.batch_size, training.steps, recipe.seed),
+        random_batches(len(pairs), training.batch_size, training.steps, recipe.seed, left_out),
         training,
         stage=final,
         seed=recipe.seed,
@@ -240,7 +237,7 @@ def _assemble(
     write_log(
         folder,
         training=asdict(training),
-        num_pairs=len(pairs.tokens),
+        num_pairs=len(pairs),
         seconds_of_stages=seconds_of_stages,
         router_change={name: _relative_change(start[name], w) for name, w in routers.items()},
         stages=[_stage_log(stage) for stage in mcl],

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from train.instruction_data import only_item
+from train.processes import processes
 from vision_moe import InputError
 
 _WEIGHTS = "trained.safetensors"
@@ -159,7 +160,8 @@ def fit(
     Returns:
         The log: ``step``, ``loss`` (mean since the last entry), ``learning_rate``, ``grad_norm``.
     """
-    last = _prepare_checkpoints(checkpoints, fingerprint, resume, bool(save_steps))
+    with processes().main_process_first():
+        last = _prepare_checkpoints(checkpoints, fingerprint, resume, bool(save_steps))
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=1,
@@ -191,7 +193,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     with _quiet_libraries(), closing(progress):
         trainer.train(resume_from_checkpoint=last)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if processes().is_main_process:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -210,8 +213,11 @@ def _prepare_checkpoints(
                 f"{folder}: holds checkpoints of a run with another configuration;"
                 " delete it, choose another 'out', or set resume=never"
             )
-        shutil.rmtree(folder / "unfinished", ignore_errors=True)
+        if processes().is_main_process:
+            shutil.rmtree(folder / "unfinished", ignore_errors=True)
         return last
+    if not processes().is_main_process:
+        return None
     shutil.rmtree(folder, ignore_errors=True)
     if will_save:
         folder.mkdir(parents=True)

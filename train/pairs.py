@@ -5,12 +5,9 @@ M pairs, B batch, H, W the model's input, L tokens.
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, overload
 
 import numpy as np
 import torch
@@ -19,19 +16,39 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mllm.scenes import ScenesDataset, render_pictures
+from train.pair_sources import PairSource, limit_of_skipped, open_source
 from train.recipe import ImageTextData
 from train.scene_world import scene_world
-from vision_moe import CLIPMoEModel, InputError, open_image
+from vision_moe import CLIPMoEModel, ClusterBatchSampler, InputError
+
+_NUM_CAPTIONS_LOOKED_AT = 1000
+_NUM_BATCHES_TO_FILL_FROM = 8
+_NUM_DRAWS = 1000
 
 
 class Pairs(Protocol):
-    """Pairs by number, ready for the towers of one model."""
+    """M pairs by number, ready for the towers of one model."""
 
-    tokens: Tensor
-    """``(M, L)`` int64, padded to the context length."""
+    skipped: dict[int, str]
+    """Pairs whose picture could not be read, so far, and why."""
 
-    def pixel_values(self, indices: np.ndarray) -> Tensor:
-        """``(B, 3, H, W)`` float32."""
+    def __len__(self) -> int: ...
+
+    def tokens(self, indices: np.ndarray) -> Tensor:
+        """``(B, L)`` int64, padded to the context length."""
+        ...
+
+    def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pixels ``(B, 3, H, W)`` float32, and ``(B,)`` bool: which pictures could be read; the
+        others are zeros.
+
+        Raises:
+            InputError: More than one picture in a hundred cannot be read.
+        """
+        ...
+
+    def skip(self, reasons: Mapping[int, str]) -> None:
+        """Take note of pairs that are known to be unreadable."""
         ...
 
 
@@ -46,33 +63,71 @@ class ScenePairs:
 
     def __init__(self, dataset: ScenesDataset, captions: Sequence[str], model: CLIPMoEModel):
         self.pictures = render_pictures(dataset)  # (M, H, W, 3) uint8, memory-mapped
-        self.tokens = tokenize(model, captions)
+        self.all_tokens = tokenize(model, captions)
+        self.skipped: dict[int, str] = {}
         preprocess = model.config.preprocess
         assert preprocess is not None
         self.mean = torch.tensor(preprocess["mean"])
         self.std = torch.tensor(preprocess["std"])
 
-    def pixel_values(self, indices: np.ndarray) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.all_tokens)
+
+    def tokens(self, indices: np.ndarray) -> Tensor:
+        return self.all_tokens[indices]
+
+    def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         pixels = torch.from_numpy(self.pictures[indices]).float() / 255  # (B, H, W, 3)
-        return ((pixels - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
+        normalized = ((pixels - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
+        return normalized, torch.ones(len(indices), dtype=torch.bool)
+
+    def skip(self, reasons: Mapping[int, str]) -> None:
+        assert not reasons, "a rendered picture can be read"
 
 
 class FilePairs:
-    """Pictures in files, opened when their turn comes.
+    """Pictures and captions on the disk, read when their turn comes.
 
     Args:
-        paths: Of the pictures.
-        captions: Of each picture.
+        source: Of the pairs.
         model: Whose preprocessing and tokenizer are used.
     """
 
-    def __init__(self, paths: Sequence[Path], captions: Sequence[str], model: CLIPMoEModel):
-        self.paths = paths
-        self.tokens = tokenize(model, captions)
+    def __init__(self, source: PairSource, model: CLIPMoEModel):
+        self.source = source
+        self.tokenizer = model.tokenizer
         self.preprocess = model.preprocess
+        self.skipped: dict[int, str] = {}
 
-    def pixel_values(self, indices: np.ndarray) -> Tensor:
-        return torch.stack([self.preprocess(open_image(self.paths[i])) for i in indices])
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def tokens(self, indices: np.ndarray) -> Tensor:
+        tokens: Tensor = self.tokenizer([self.source.caption(i) for i in indices.tolist()])
+        return tokens
+
+    def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        pixels: list[Tensor | None] = []
+        for index in indices.tolist():
+            try:
+                pixels.append(self.preprocess(self.source.image(index)))
+            except InputError as error:
+                pixels.append(None)
+                self.skip({index: str(error)})
+        # At least one: a hundred unreadable ones among ten thousand may meet, never a whole batch.
+        shape = next((one.shape for one in pixels if one is not None), (3, 1, 1))
+        whole = torch.stack([torch.zeros(shape) if one is None else one for one in pixels])
+        return whole, torch.tensor([one is not None for one in pixels])
+
+    def skip(self, reasons: Mapping[int, str]) -> None:
+        for index, reason in reasons.items():
+            if index not in self.skipped:
+                self.skipped[index] = reason
+                if len(self.skipped) > limit_of_skipped(len(self)):
+                    raise InputError(
+                        f"{len(self.skipped)} of {len(self)} pictures cannot be read, more than"
+                        f" one in a hundred; {self.source.name(index)}: {reason}"
+                    )
 
 
 def load_pairs(data: ImageTextData, model: CLIPMoEModel, seed: int) -> Pairs:
@@ -86,14 +141,32 @@ def load_pairs(data: ImageTextData, model: CLIPMoEModel, seed: int) -> Pairs:
     if data.name == "scenes":
         dataset = scenes_dataset(data, model, seed)
         return ScenePairs(dataset, scene_captions(dataset, data.caption), model)
-    if data.path is None:
-        raise InputError(f"'data.path' must name the {data.name} file")
-    path = Path(data.path)
-    root = Path(data.image_folder) if data.image_folder else path.parent
-    records = list(islice(_read_records(path, data.name, root), data.num_pairs))
-    if len(records) < 2:
-        raise InputError(f"{path}: holds {len(records)} pairs, at least 2 are needed")
-    return FilePairs([picture for picture, _ in records], [text for _, text in records], model)
+    pairs = FilePairs(open_source(data), model)
+    _tell_of_long_captions(pairs, model)
+    return pairs
+
+
+def _tell_of_long_captions(pairs: FilePairs, model: CLIPMoEModel) -> None:
+    chosen = np.linspace(0, len(pairs) - 1, min(len(pairs), _NUM_CAPTIONS_LOOKED_AT)).astype(int)
+    tokens = pairs.tokens(chosen)
+    full = int(tokens[:, -1].ne(model.text.pad_id).sum())  # type: ignore[arg-type]
+    if full:
+        print(
+            f"{full} of {len(chosen)} captions fill the text context of {tokens.shape[1]} tokens;"
+            " what goes beyond it is cut off",
+            file=sys.stderr,
+        )
+
+
+def tell_of_skipped(skipped: Mapping[int, str], num_pairs: int, listed_in: str) -> None:
+    """Say how many pictures could not be read, if any."""
+    if skipped:
+        first = next(iter(skipped.values()))
+        print(
+            f"{len(skipped)} of {num_pairs} pictures could not be read and were skipped"
+            f" (listed in {listed_in}), such as {first}",
+            file=sys.stderr,
+        )
 
 
 def scenes_dataset(data: ImageTextData, model: CLIPMoEModel, seed: int) -> ScenesDataset:
@@ -127,89 +200,140 @@ def tokenize(model: CLIPMoEModel, captions: Sequence[str], chunk: int = 4096) ->
     return torch.cat([model.tokenizer(list(captions[start : start + chunk])) for start in bar])
 
 
-def _read_records(path: Path, form: str, root: Path) -> Iterator[tuple[Path, str]]:
-    """Pictures below ``root`` and captions, from the fields ``image`` and ``caption``."""
-    number = 0
-    try:
-        # utf-8-sig: spreadsheets begin their CSV with a byte-order mark.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows: Iterable[Any] = csv.DictReader(file) if form == "csv" else _json_lines(file)
-            for number, row in enumerate(rows, start=1):
-                where = f"{path}, record {number}"
-                record = row if isinstance(row, dict) else _parse(row, where)
-                yield _picture(record, root, where), _text(record, "caption", where)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({reason})") from error
-    except csv.Error as error:
-        raise InputError(f"{path}, record {number + 1}: not CSV ({error})") from error
-
-
-def _json_lines(file: Iterable[str]) -> Iterator[str]:
-    return (line for line in file if line.strip())
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object")
-    return record
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: '{key}' is missing or empty")
-    return value
-
-
-def _picture(record: dict[str, Any], root: Path, where: str) -> Path:
-    name = Path(_text(record, "image", where))
-    if name.is_absolute() or ".." in name.parts:
-        raise InputError(f"{where}: the picture lies outside the image folder")
-    try:
-        found = (root / name).is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
-        raise InputError(f"{where}: there is no picture {root / name}")
-    return root / name
-
-
 class PairBatches(Dataset[dict[str, Tensor]]):
-    """Item ``i`` is the ``i``-th batch of a run.
+    """Every batch of a run, in shares: item ``i`` is share ``i % W`` of batch ``i // W``.
+
+    The Trainer deals items to its W processes in turn, so that each step's shares are of one batch.
+    Where a picture cannot be read, another pair, drawn at random, takes its place.
 
     Args:
         pairs: What the batches are made of.
         batches: Pair numbers of every batch.
         model: Whose text tower says which padding may be cut.
+        num_shares: W; the batches' sizes are multiples of it.
     """
 
-    def __init__(self, pairs: Pairs, batches: Sequence[np.ndarray], model: CLIPMoEModel) -> None:
+    def __init__(
+        self,
+        pairs: Pairs,
+        batches: Sequence[np.ndarray],
+        model: CLIPMoEModel,
+        num_shares: int = 1,
+    ) -> None:
         self.pairs = pairs
         self.batches = batches
         self.trim_tokens = model.trim_tokens
+        self.num_shares = num_shares
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.batches) * self.num_shares
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        chosen = self.batches[index]
-        return {
-            "pixel_values": self.pairs.pixel_values(chosen),
-            "input_ids": self.trim_tokens(self.pairs.tokens[torch.from_numpy(chosen)]),
-        }
+        number, share = divmod(index, self.num_shares)
+        batch = self.batches[number].astype(np.int64)  # a copy
+        size = len(batch) // self.num_shares
+        mine = slice(share * size, (share + 1) * size)
+        pixel_values, readable = self.pairs.read(batch[mine])
+        for row in (~readable).nonzero().flatten().tolist():
+            batch[mine][row], pixel_values[row] = self._substitute(batch, int(batch[mine][row]))
+        # Cut as the whole batch is: the balance loss counts tokens.
+        tokens = self.trim_tokens(self.pairs.tokens(batch))[mine]
+        return {"pixel_values": pixel_values, "input_ids": tokens}
+
+    def _substitute(self, batch: np.ndarray, unreadable: int) -> tuple[int, Tensor]:
+        """A pair that is not in the batch, and its pixels."""
+        rng = np.random.default_rng(unreadable)
+        for other in rng.integers(len(self.pairs), size=_NUM_DRAWS).tolist():
+            if other not in self.pairs.skipped and other not in batch:
+                pixel_values, readable = self.pairs.read(np.array([other]))
+                if readable[0]:
+                    return other, pixel_values[0]
+        raise InputError(
+            f"{self.pairs.skipped[unreadable]}; no other pair was found that can take its place"
+        )
 
 
-def random_batches(num_pairs: int, batch_size: int, steps: int, seed: int) -> list[np.ndarray]:
-    """``steps`` whole batches from one shuffled epoch after another."""
-    size = min(batch_size, num_pairs)
-    per_epoch = num_pairs // size
-    batches: list[np.ndarray] = []
-    for epoch in range(-(-steps // per_epoch)):
-        order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
-        batches += np.split(order[: per_epoch * size], per_epoch)
-    return batches[:steps]
+class EpochBatches(Sequence[np.ndarray]):
+    """The batches of ``steps`` steps, epoch after epoch; one epoch's plan is held at a time.
+
+    Args:
+        plan: An epoch's batches, by its number; as many in every epoch.
+        per_epoch: How many.
+        steps: Length of the run.
+    """
+
+    def __init__(
+        self, plan: Callable[[int], Sequence[np.ndarray]], per_epoch: int, steps: int
+    ) -> None:
+        self.plan = plan
+        self.per_epoch = per_epoch
+        self.steps = steps
+        self.held: tuple[int, Sequence[np.ndarray]] | None = None
+
+    def __len__(self) -> int:
+        return self.steps
+
+    @overload
+    def __getitem__(self, step: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, step: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, step: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(step, slice):
+            return [self[i] for i in range(*step.indices(self.steps))]
+        if not 0 <= step < self.steps:
+            raise IndexError(step)
+        epoch, number = divmod(step, self.per_epoch)
+        if self.held is None or self.held[0] != epoch:
+            self.held = (epoch, self.plan(epoch))
+        return self.held[1][number]
+
+
+def random_batches(
+    num_pairs: int,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    left_out: np.ndarray | None = None,
+) -> EpochBatches:
+    """``steps`` whole batches from one shuffled epoch after another.
+
+    Args:
+        num_pairs: M.
+        batch_size: Pairs in a batch, if there are as many.
+        steps: How many batches.
+        seed: Of the shuffles.
+        left_out: Numbers of pairs that take no part; none by default.
+    """
+    usable = np.arange(num_pairs, dtype=np.int32 if num_pairs < 2**31 else np.int64)
+    if left_out is not None:
+        usable = np.setdiff1d(usable, left_out)
+    size = min(batch_size, len(usable))
+    per_epoch = len(usable) // size
+
+    def plan(epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([seed, epoch]).permutation(usable)
+        return np.split(order[: per_epoch * size], per_epoch)
+
+    return EpochBatches(plan, per_epoch, steps)
+
+
+def cluster_batches(sampler: ClusterBatchSampler, steps: int) -> EpochBatches:
+    """``steps`` batches from one epoch of the sampler after another.
+
+    Each epoch's last batch, where it is cut short, is filled up with other pairs of the epoch: no
+    pair is left out, and every step weighs the same.
+    """
+
+    def plan(epoch: int) -> list[np.ndarray]:
+        sampler.set_epoch(epoch)
+        *whole, last = sampler.batches()
+        missing = sampler.batch_size - len(last)
+        if missing and whole:
+            rng = np.random.default_rng([sampler.seed, epoch, 1])
+            others = np.concatenate(whole[-_NUM_BATCHES_TO_FILL_FROM:])
+            last = np.concatenate([last, rng.choice(others, missing, replace=False)])
+        return [*whole, last]
+
+    return EpochBatches(plan, len(sampler), steps)

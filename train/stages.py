@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vision_moe import InputError, atomic_directory, sha256_file
+from train.processes import processes, written_by_main
+from vision_moe import InputError, sha256_file
 
 RECORD = "stage.json"
 
@@ -96,7 +97,7 @@ class StageResult:
 
 
 def run(stage: Stage, make: Callable[[Path], None]) -> StageResult:
-    """Make a stage unless it is there.
+    """Make a stage unless it is there; of several processes, the main one's files are kept.
 
     Args:
         stage: What is to stand at ``stage.folder``.
@@ -106,8 +107,9 @@ def run(stage: Stage, make: Callable[[Path], None]) -> StageResult:
         record = stage.record()
         assert record is not None
         return StageResult(stage.fingerprint, float(record["seconds"]), skipped=True)
+    processes().wait_for_everyone()  # all have looked before one writes
     started = time.monotonic()
-    with atomic_directory(stage.folder) as aside:
+    with written_by_main(stage.folder) as aside:
         make(aside)
         seconds = time.monotonic() - started
         record = {

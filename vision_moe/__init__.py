@@ -9,6 +9,7 @@ from vision_moe.checkpoint import load, save
 from vision_moe.clustering import accumulate_labels, num_occupied_clusters, stage_labels
 from vision_moe.configuration import OPENAI_PREPROCESS, CLIPMoEConfig, CLIPMoEVisionConfig
 from vision_moe.errors import InputError
+from vision_moe.feature_shards import FeatureShards
 from vision_moe.files import (
     atomic_directory,
     atomic_write_bytes,
@@ -61,6 +62,7 @@ __all__ = [
     "CLIPMoEVisionOutput",
     "ClusterBatchSampler",
     "FFNSite",
+    "FeatureShards",
     "InputError",
     "LowRankExperts",
     "LowRankFFN",

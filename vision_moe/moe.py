@@ -126,7 +126,7 @@ class MoEFeedForward(nn.Module):
         return f"width={self.width}, num_experts={self.num_experts}, top_k={self.top_k}"
 
 
-def load_balancing_loss(router_logits: Iterable[Tensor]) -> Tensor:
+def load_balancing_loss(router_logits: Iterable[Tensor], world_size: int = 1) -> Tensor:
     """``mean over blocks of E * sum_j f_j * P_j``: exactly 1 under uniform routing, E at worst.
 
     f_j is the share of a block's tokens whose first choice is expert j (a count: no gradient), P_j
@@ -135,9 +135,11 @@ def load_balancing_loss(router_logits: Iterable[Tensor]) -> Tensor:
 
     Args:
         router_logits: one ``(..., E)`` tensor for each MoE block.
+        world_size: processes whose counts f_j are pooled.
 
     Returns:
-        A scalar in fp32.
+        A scalar in fp32; its mean over the processes, each with as many tokens, is the loss of all
+        tokens together, and so are the gradients.
     """
     losses = []
     for logits in router_logits:
@@ -145,6 +147,9 @@ def load_balancing_loss(router_logits: Iterable[Tensor]) -> Tensor:
         probs = logits.reshape(-1, num_experts).softmax(-1, dtype=torch.float32)      # (T, E)
         first = torch.bincount(probs.detach().argmax(-1), minlength=num_experts)
         share = first.to(probs.dtype) / probs.shape[0]
+        if world_size > 1:
+            torch.distributed.all_reduce(share)
+            share = share / world_size
         losses.append(num_experts * (share * probs.mean(0)).sum())
     if not losses:
         raise ValueError("load_balancing_loss: no router logits; has the model MoE blocks?")

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class CaptionReader:
 
 
 def encode_pairs(model: CaptionReader, pairs: Any, _precision: str) -> tuple[Tensor, Tensor]:
-    text = model.encode_text_by_length(pairs.tokens)
+    text = model.encode_text_by_length(pairs.tokens(np.arange(len(pairs))))
     return model.sign * text, text
 
 

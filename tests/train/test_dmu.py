@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,9 +19,10 @@ from train.config import load_recipe, parse_recipe
 from train.contrastive import start_model
 from train.dmu import run_stage
 from train.recipe import UpcycleRecipe
-from vision_moe import ClusterBatchSampler, InputError
+from vision_moe import InputError
 
 K = 2
+STAGE = {"steps": 3, "batch_size": 8, "lr": 1e-3, "warmup_steps": 1, "logit_scale": 100}
 
 
 def recipe_of(out: Path, model: Path, **changes: Any) -> UpcycleRecipe:
@@ -31,7 +33,7 @@ def recipe_of(out: Path, model: Path, **changes: Any) -> UpcycleRecipe:
         "data": {"num_pairs": 48, "caption": "detailed"},
         "num_experts": 3,
         "num_clusters": K,
-        "stage": {"steps": 3, "batch_size": 8, "lr": 1e-3, "warmup_steps": 1, "logit_scale": 100},
+        "stage": STAGE,
         "router": {"steps": 3, "batch_size": 8, "lr": 1e-2, "warmup_steps": 1, "logit_scale": 100},
         "precision": "fp32",
         **changes,
@@ -225,16 +227,45 @@ def test_log_counts_the_clusters(upcycled: Path) -> None:
     assert 1 < one <= K * K and one <= two <= K**4
 
 
-def test_steps_beyond_an_epoch_take_the_next() -> None:
-    sampler = ClusterBatchSampler(np.zeros((10, 1), dtype=int), 4, seed=0)
-    batches = dmu._batches(sampler, 5)
-    assert [len(batch) for batch in batches] == [4] * 5
-    assert not np.array_equal(batches[0], batches[2])
+def test_log_tells_what_took_how_long(upcycled: Path) -> None:
+    log = json.loads((stage_folder(upcycled) / "stage_1" / "training_log.json").read_text())
+    assert set(log["seconds"]) == {"features", "clustering", "training"}
 
 
-def test_batch_larger_than_the_data_is_all_of_it() -> None:
-    sampler = ClusterBatchSampler(np.zeros((3, 1), dtype=int), 8, seed=0)
-    assert [sorted(batch.tolist()) for batch in dmu._batches(sampler, 2)] == [[0, 1, 2]] * 2
+def test_broken_stage_neither_encodes_nor_clusters_again(
+    base: Path, upcycled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("encoded again")
+
+    recipe = recipe_of(tmp_path / "moe", base, num_experts=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dmu, "train_contrastive", broken)
+        run_recipe(recipe)
+    monkeypatch.setattr(dmu, "encode_to_shards", forbidden)
+    run_recipe(recipe)
+    assert_equal(expert(tmp_path / "moe", 1), expert(upcycled, 1))
+    assert [one.name for one in stage_folder(tmp_path / "moe").iterdir()] == ["stage_1"]
+
+
+def test_unreadable_picture_is_left_out_of_every_batch(base: Path, tmp_path: Path) -> None:
+    for number in range(100):
+        Image.new("RGB", (32, 32), (2 * number, 255 - number, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "17.png").write_bytes(b"no picture")
+    lines = [json.dumps({"image": f"{i}.png", "caption": f"number {i}"}) for i in range(100)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    data = {"name": "jsonl", "path": str(tmp_path / "pairs.jsonl")}
+    watch = Watch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dmu, "train_contrastive", watch)
+        out = run_recipe(recipe_of(tmp_path / "moe", base, data=data, stage=STAGE | {"steps": 13}))
+    assert all(17 not in batch for batches in watch.batches for batch in batches)
+    assert set(np.concatenate(watch.batches[0])) == set(range(100)) - {17}
+    log = json.loads((stage_folder(out) / "stage_2" / "training_log.json").read_text())
+    assert list(log["skipped_pairs"]) == ["17"]
 
 
 # --- once, again, and not at all -----------------------------------------------------------------

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from PIL import Image
 import vision_moe
 from mllm.scenes import ScenesDataset
 from train.pairs import (
-    FilePairs,
     PairBatches,
+    Pairs,
     ScenePairs,
+    cluster_batches,
     load_pairs,
     random_batches,
     scene_captions,
     scenes_dataset,
 )
 from train.recipe import ImageTextData
-from vision_moe import CLIPMoEModel, InputError
+from vision_moe import CLIPMoEModel, ClusterBatchSampler, InputError
 
 RECORDS = [
     {"image": "red.png", "caption": "a red picture"},
@@ -52,6 +54,10 @@ def jsonl(folder: Path, *records: Any, name: str = "pairs.jsonl") -> ImageTextDa
     return ImageTextData(name="jsonl", path=str(folder / name))
 
 
+def all_tokens(pairs: Pairs) -> torch.Tensor:
+    return pairs.tokens(np.arange(len(pairs)))
+
+
 def refusal(data: ImageTextData, clip: CLIPMoEModel) -> str:
     with pytest.raises(InputError) as caught:
         load_pairs(data, clip, seed=0)
@@ -64,7 +70,7 @@ def refusal(data: ImageTextData, clip: CLIPMoEModel) -> str:
 
 def test_jsonl_pairs_keep_their_order(picture_folder: Path, clip: CLIPMoEModel) -> None:
     pairs = load_pairs(jsonl(picture_folder, *RECORDS), clip, seed=0)
-    assert torch.equal(pairs.tokens, clip.tokenizer([one["caption"] for one in RECORDS]))
+    assert torch.equal(all_tokens(pairs), clip.tokenizer([one["caption"] for one in RECORDS]))
 
 
 def test_pictures_are_preprocessed_as_the_model_wants(
@@ -72,7 +78,7 @@ def test_pictures_are_preprocessed_as_the_model_wants(
 ) -> None:
     pairs = load_pairs(jsonl(picture_folder, *RECORDS), clip, seed=0)
     expected = clip.preprocess(vision_moe.open_image(picture_folder / "sub" / "green.png"))
-    assert torch.equal(pairs.pixel_values(np.array([1]))[0], expected)
+    assert torch.equal(pairs.read(np.array([1]))[0][0], expected)
 
 
 def test_csv_gives_what_jsonl_gives(picture_folder: Path, clip: CLIPMoEModel) -> None:
@@ -83,9 +89,9 @@ def test_csv_gives_what_jsonl_gives(picture_folder: Path, clip: CLIPMoEModel) ->
         writer.writerows(RECORDS)
     from_csv = load_pairs(ImageTextData(name="csv", path=str(path)), clip, seed=0)
     from_jsonl = load_pairs(jsonl(picture_folder, *RECORDS), clip, seed=0)
-    assert isinstance(from_csv, FilePairs) and isinstance(from_jsonl, FilePairs)
-    assert from_csv.paths == from_jsonl.paths
-    assert torch.equal(from_csv.tokens, from_jsonl.tokens)
+    numbers = np.arange(3)
+    assert torch.equal(from_csv.read(numbers)[0], from_jsonl.read(numbers)[0])
+    assert torch.equal(all_tokens(from_csv), all_tokens(from_jsonl))
 
 
 def test_image_folder_is_where_paths_start(
@@ -94,18 +100,18 @@ def test_image_folder_is_where_paths_start(
     (tmp_path / "elsewhere").mkdir()
     data = jsonl(tmp_path / "elsewhere", *RECORDS)
     data.image_folder = str(picture_folder)
-    assert len(load_pairs(data, clip, seed=0).tokens) == 3
+    assert len(load_pairs(data, clip, seed=0)) == 3
 
 
 def test_only_the_first_pairs_are_read(picture_folder: Path, clip: CLIPMoEModel) -> None:
     data = jsonl(picture_folder, *RECORDS[:2], "damaged")
     data.num_pairs = 2
-    assert len(load_pairs(data, clip, seed=0).tokens) == 2
+    assert len(load_pairs(data, clip, seed=0)) == 2
 
 
 def test_blank_lines_are_no_records(picture_folder: Path, clip: CLIPMoEModel) -> None:
     data = jsonl(picture_folder, "", *RECORDS, " ", "")
-    assert len(load_pairs(data, clip, seed=0).tokens) == 3
+    assert len(load_pairs(data, clip, seed=0)) == 3
 
 
 @pytest.mark.parametrize(
@@ -184,11 +190,74 @@ def test_path_must_be_given(clip: CLIPMoEModel) -> None:
     assert "'data.path' must name the csv file" in refusal(ImageTextData(name="csv"), clip)
 
 
-def test_damaged_picture_is_named(picture_folder: Path, clip: CLIPMoEModel) -> None:
-    (picture_folder / "red.png").write_bytes(b"\x89PNG no more")
-    pairs = load_pairs(jsonl(picture_folder, *RECORDS), clip, seed=0)
-    with pytest.raises(InputError, match=r"red\.png"):
-        pairs.pixel_values(np.array([0]))
+def many(folder: Path, number: int, damaged: Sequence[int]) -> ImageTextData:
+    """A file of pairs, each with a picture of its own; some of them are no pictures."""
+    for index in range(number):
+        path = folder / f"{index}.png"
+        Image.new("RGB", (32, 32), (index % 256, 0, 0)).save(path)
+        if index in damaged:
+            path.write_bytes(b"\x89PNG no more")
+    records = [{"image": f"{i}.png", "caption": f"number {i}"} for i in range(number)]
+    return jsonl(folder, *records)
+
+
+def test_unreadable_picture_is_skipped_and_listed(tmp_path: Path, clip: CLIPMoEModel) -> None:
+    pairs = load_pairs(many(tmp_path, 100, [7]), clip, seed=0)
+    pixel_values, readable = pairs.read(np.array([6, 7]))
+    assert readable.tolist() == [True, False]
+    assert not pixel_values[1].any()
+    assert list(pairs.skipped) == [7] and "7.png" in pairs.skipped[7]
+
+
+def test_another_pair_takes_the_place_of_an_unreadable_one(
+    tmp_path: Path, clip: CLIPMoEModel
+) -> None:
+    pairs = load_pairs(many(tmp_path, 100, [7]), clip, seed=0)
+    batch = PairBatches(pairs, [np.array([6, 7, 8, 9])], clip)[0]
+    width = batch["input_ids"].shape[1]
+    captions = all_tokens(pairs)[:, :width]
+    (number,) = captions.eq(batch["input_ids"][1]).all(1).nonzero().flatten().tolist()
+    assert number not in (6, 7, 8, 9)
+    assert torch.equal(batch["pixel_values"][1], pairs.read(np.array([number]))[0][0])
+
+
+def test_more_than_one_unreadable_picture_in_a_hundred_is_an_error(
+    tmp_path: Path, clip: CLIPMoEModel
+) -> None:
+    pairs = load_pairs(many(tmp_path, 100, [7, 9]), clip, seed=0)
+    pairs.read(np.arange(8))
+    with pytest.raises(InputError, match=r"2 of 100 pictures cannot be read.*record 10.*9\.png"):
+        pairs.read(np.array([9]))
+
+
+def test_a_few_missing_pictures_are_no_error_at_the_start(
+    tmp_path: Path, clip: CLIPMoEModel
+) -> None:
+    data = many(tmp_path, 200, [])
+    (tmp_path / "3.png").unlink()
+    assert len(load_pairs(data, clip, seed=0)) == 200
+    for index in (5, 6):
+        (tmp_path / f"{index}.png").unlink()
+    assert "there is no picture" in refusal(data, clip)
+    assert "2 more of 200" in refusal(data, clip)
+
+
+def test_captions_longer_than_the_context_are_counted(
+    picture_folder: Path, clip: CLIPMoEModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"image": "red.png", "caption": "red " * 40}
+    load_pairs(jsonl(picture_folder, RECORDS[0], long), clip, seed=0)
+    assert "1 of 2 captions fill the text context of 32 tokens" in capsys.readouterr().err
+
+
+def test_records_that_span_lines_are_found_again(
+    picture_folder: Path, clip: CLIPMoEModel
+) -> None:
+    path = picture_folder / "pairs.csv"
+    path.write_text('image,caption\r\nred.png,"two\nlines"\r\n\r\nred.png,ä €\nred.png,last')
+    pairs = load_pairs(ImageTextData(name="csv", path=str(path)), clip, seed=0)
+    expected = clip.tokenizer(["two\nlines", "ä €", "last"])
+    assert torch.equal(all_tokens(pairs), expected)
 
 
 # --- scenes --------------------------------------------------------------------------------------
@@ -199,7 +268,7 @@ def test_scenes_pass_the_models_own_preprocessing_unchanged(clip: CLIPMoEModel) 
     pairs = load_pairs(data, clip, seed=3)
     dataset = scenes_dataset(data, clip, 3)
     expected = torch.stack([clip.preprocess(dataset[i].image) for i in (2, 0)])
-    assert torch.equal(pairs.pixel_values(np.array([2, 0])), expected)
+    assert torch.equal(pairs.read(np.array([2, 0]))[0], expected)
 
 
 @pytest.mark.parametrize("kind", ["coarse", "detailed"])
@@ -208,7 +277,7 @@ def test_captions_are_of_the_kind_that_is_asked_for(clip: CLIPMoEModel, kind: An
     dataset = scenes_dataset(data, clip, 0)
     expected = [getattr(dataset[i], f"{kind}_caption") for i in range(4)]
     assert scene_captions(dataset, kind) == expected
-    assert torch.equal(load_pairs(data, clip, 0).tokens, clip.tokenizer(expected))
+    assert torch.equal(all_tokens(load_pairs(data, clip, 0)), clip.tokenizer(expected))
 
 
 def test_recipe_describes_the_world(clip: CLIPMoEModel) -> None:
@@ -246,17 +315,59 @@ def test_scenes_need_a_square_model(clip: CLIPMoEModel) -> None:
 def test_batch_holds_its_pairs_without_needless_padding(clip: CLIPMoEModel) -> None:
     dataset = ScenesDataset(scenes_dataset(ImageTextData(), clip, 0).world, "train", 6, 0, 32)
     pairs = ScenePairs(dataset, scene_captions(dataset, "coarse"), clip)
-    batch = PairBatches(pairs, [np.array([0, 1]), np.array([4, 2, 5])], clip)[1]
+    chosen = np.array([4, 2, 5])
+    batch = PairBatches(pairs, [np.array([0, 1]), chosen], clip)[1]
     assert batch["pixel_values"].shape == (3, 3, 32, 32)
     length = batch["input_ids"].shape[1]
-    assert torch.equal(batch["input_ids"], pairs.tokens[[4, 2, 5], :length])
-    assert batch["input_ids"][:, -1].any() and not pairs.tokens[[4, 2, 5], length:].any()
+    assert torch.equal(batch["input_ids"], pairs.tokens(chosen)[:, :length])
+    assert batch["input_ids"][:, -1].any() and not pairs.tokens(chosen)[:, length:].any()
+
+
+def test_shares_make_the_batch(clip: CLIPMoEModel) -> None:
+    pairs = load_pairs(ImageTextData(num_pairs=8), clip, seed=0)
+    batches = [np.array([5, 1, 7, 2]), np.array([0, 3, 4, 6])]
+    whole = PairBatches(pairs, batches, clip)
+    shares = PairBatches(pairs, batches, clip, num_shares=2)
+    assert len(shares) == 4
+    for key, expected in whole[1].items():
+        assert torch.equal(torch.cat([shares[2][key], shares[3][key]]), expected)
+
+
+def test_steps_beyond_an_epoch_take_the_next() -> None:
+    batches = cluster_batches(ClusterBatchSampler(np.zeros((12, 1), dtype=int), 4, seed=0), 5)
+    assert [len(batch) for batch in batches] == [4] * 5
+    assert sorted(np.concatenate(batches[:3])) == sorted(range(12))
+    assert not np.array_equal(batches[0], batches[3])
+
+
+def test_short_batch_is_filled_up_and_no_pair_is_left_out() -> None:
+    batches = cluster_batches(ClusterBatchSampler(np.zeros((10, 1), dtype=int), 4, seed=0), 3)
+    assert [len(set(batch.tolist())) for batch in batches] == [4, 4, 4]
+    assert set(np.concatenate(list(batches))) == set(range(10))
+
+
+def test_cluster_batch_larger_than_the_data_is_all_of_it() -> None:
+    batches = cluster_batches(ClusterBatchSampler(np.zeros((3, 1), dtype=int), 8, seed=0), 2)
+    assert [sorted(batch.tolist()) for batch in batches] == [[0, 1, 2]] * 2
+
+
+def test_any_step_can_be_asked_for_first() -> None:
+    """A run that goes on in the middle of an epoch."""
+    sampler = ClusterBatchSampler(np.arange(40)[:, None] // 20, 4, seed=0)
+    whole = list(cluster_batches(sampler, 25))
+    for step in (17, 3, 24):
+        assert np.array_equal(cluster_batches(sampler, 25)[step], whole[step])
+
+
+def test_pairs_that_are_left_out_are_in_no_batch() -> None:
+    batches = random_batches(10, 4, 6, seed=0, left_out=np.array([3, 8]))
+    assert set(np.concatenate(list(batches))) == set(range(10)) - {3, 8}
 
 
 def test_random_batches_of_an_epoch_are_disjoint() -> None:
     batches = random_batches(10, 3, 3, seed=0)
     assert [len(batch) for batch in batches] == [3, 3, 3]
-    assert len(set(np.concatenate(batches))) == 9
+    assert len(set(np.concatenate(list(batches)))) == 9
 
 
 def test_random_batches_go_through_as_many_epochs_as_it_takes() -> None:
@@ -267,7 +378,8 @@ def test_random_batches_go_through_as_many_epochs_as_it_takes() -> None:
 
 def test_random_batches_depend_on_the_seed_alone() -> None:
     first, second, other = (random_batches(50, 5, 10, seed) for seed in (1, 1, 2))
-    assert np.array_equal(first, second) and not np.array_equal(first, other)
+    assert np.array_equal(list(first), list(second))
+    assert not np.array_equal(list(first), list(other))
 
 
 def test_batch_is_cut_to_the_number_of_pairs() -> None:

@@ -1,12 +1,21 @@
 """Cluster labels of multistage contrastive learning, and their accumulation."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vision_moe import InputError, accumulate_labels, num_occupied_clusters, stage_labels
+from vision_moe import (
+    InputError,
+    accumulate_labels,
+    clustering,
+    num_occupied_clusters,
+    stage_labels,
+)
 from vision_moe.clustering import cluster_features
+from vision_moe.feature_shards import FeatureShards
 
 K = 3
 
@@ -62,9 +71,43 @@ def test_fewer_pairs_than_clusters_are_refused() -> None:
         cluster_features(np.eye(2), K, seed=0)
 
 
-def test_a_feature_of_zero_is_clustered() -> None:
+def test_a_row_of_zeros_is_left_out() -> None:
     features = np.concatenate([np.zeros((1, 8)), groups(np.arange(20) % K)])
-    assert np.isfinite(cluster_features(features, K, seed=0)).all()
+    labels = cluster_features(features, K, seed=0)
+    assert labels[0] == -1 and set(labels[1:]) == set(range(K))
+    assert stage_labels(features, np.ones_like(features), 1, seed=0).tolist() == [-1] + [0] * 20
+
+
+def test_accumulated_clusters_are_counted_without_what_is_left_out() -> None:
+    assert num_occupied_clusters(np.array([[0, 1], [0, 2], [-1, -1]])) == [1, 2]
+
+
+def test_more_rows_than_the_start_holds_are_all_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "NUM_START_ROWS", 50)
+    monkeypatch.setattr(clustering, "BATCH_ROWS", 64)
+    monkeypatch.setattr(clustering, "RUN_ROWS", 8)
+    of = np.random.default_rng(1).integers(K, size=1000)
+    assert same_partition(cluster_features(groups(of), K, seed=0), of)
+
+
+def test_mini_batches_hold_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "BATCH_ROWS", 64)
+    monkeypatch.setattr(clustering, "RUN_ROWS", 8)
+    batches = list(clustering._random_runs(1003, np.random.default_rng(0)))
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    assert max(len(batch) for batch in batches) <= 64 + 8
+
+
+def test_features_on_disk_give_the_labels_of_those_in_memory(
+    image_group: np.ndarray, tmp_path: Path
+) -> None:
+    image, text = groups(image_group), groups(image_group, seed=1)
+    shards = FeatureShards(tmp_path, len(image))
+    for number in range(shards.num_shards):
+        rows = shards.numbers(number)
+        shards.write(number, image[rows], text[rows], {})
+    expected = stage_labels(image, text, K, seed=0)
+    np.testing.assert_array_equal(stage_labels(shards.image, shards.text, K, 0), expected)
 
 
 columns = st.lists(

@@ -1,6 +1,7 @@
 """Cluster batches: nothing lost, nothing twice, and as pure as the clusters allow."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +11,22 @@ from hypothesis import strategies as st
 from vision_moe import ClusterBatchSampler
 
 
+class Sampler(ClusterBatchSampler):
+    """One that remembers what it was made of."""
+
+    def __init__(self, labels: np.ndarray, *arguments: Any) -> None:
+        super().__init__(labels, *arguments)
+        self.labels = labels
+
+
 @st.composite
-def samplers(draw: st.DrawFn) -> ClusterBatchSampler:
+def samplers(draw: st.DrawFn) -> Sampler:
     num_pairs, num_stages = draw(st.integers(1, 80)), draw(st.integers(1, 3))
     seed, num_labels = draw(st.integers(0, 99)), draw(st.integers(1, 4))
     labels = np.random.default_rng(seed).integers(num_labels, size=(num_pairs, num_stages))
     batch_size = draw(st.integers(2, 12))
     share = draw(st.sampled_from([0.0, 0.3, 1.0]))
-    sampler = ClusterBatchSampler(labels, batch_size, seed, share)
+    sampler = Sampler(labels, batch_size, seed, share)
     sampler.set_epoch(draw(st.integers(0, 3)))
     return sampler
 
@@ -50,15 +59,15 @@ def test_order_depends_on_seed_and_epoch_alone(sampler: ClusterBatchSampler) -> 
 @settings(deadline=None)
 @given(samplers())
 def test_each_depth_fills_as_many_batches_as_its_leftovers_allow(
-    sampler: ClusterBatchSampler,
+    sampler: Sampler,
 ) -> None:
     """Whole batches of the finest clusters first, then of their prefixes, by plain counting."""
     if sampler.global_share:
         return
-    size, depths = sampler.batch_size, len(sampler.prefixes)
-    rows = list(zip(*(prefix.tolist() for prefix in sampler.prefixes), strict=True))
+    size = sampler.batch_size
+    rows = [tuple(row) for row in sampler.labels.tolist()]
     left, expected = Counter(rows), 0
-    for depth in range(depths, 0, -1):
+    for depth in range(sampler.labels.shape[1], 0, -1):
         pooled = Counter[tuple[int, ...]]()
         for row, number in left.items():
             pooled[row[:depth]] += number
@@ -147,3 +156,43 @@ def test_batches_of_one_are_refused() -> None:
 def test_impossible_global_share_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match="global_share"):
         ClusterBatchSampler(np.zeros((4, 1), dtype=int), 2, global_share=share)
+
+
+# --- several processes, and going on -------------------------------------------------------------
+
+
+def test_shares_of_the_processes_make_the_batch() -> None:
+    labels = np.arange(90)[:, None] // 30
+    whole = list(ClusterBatchSampler(labels, 12, seed=3))
+    shares = [list(ClusterBatchSampler(labels, 12, 3, 0.0, rank, 3)) for rank in range(3)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert [i for part in parts for i in part] == batch
+
+
+def test_uneven_shares_are_refused() -> None:
+    with pytest.raises(ValueError, match="10 pairs cannot be shared evenly by 4 processes"):
+        ClusterBatchSampler(np.zeros((40, 1), dtype=int), 10, world_size=4)
+
+
+def test_rank_beyond_the_processes_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank 2 of 2 processes"):
+        ClusterBatchSampler(np.zeros((40, 1), dtype=int), 10, rank=2, world_size=2)
+
+
+def test_broken_epoch_goes_on_where_it_was() -> None:
+    labels = np.arange(100)[:, None] // 30
+    sampler = ClusterBatchSampler(labels, 8)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    again = ClusterBatchSampler(labels, 8)
+    again.set_epoch(2, start_batch=5)
+    assert list(again) == whole[5:]
+
+
+def test_pairs_with_a_negative_label_take_no_part() -> None:
+    labels = np.arange(60)[:, None] // 20
+    labels[::7] = -1
+    sampler = ClusterBatchSampler(labels, 8)
+    expected = np.flatnonzero(labels[:, 0] >= 0).tolist()
+    assert sorted(i for batch in sampler for i in batch) == expected
+    assert len(sampler) == len(list(sampler))

@@ -1,0 +1,136 @@
+"""Features of all pairs on disk: shards of fp16, memory-mapped, each whole or not there.
+
+A shard is known by its number alone, whatever the number of processes that write them, so that a
+run that was broken off encodes what is missing, with as many processes as it then has.
+
+M pairs, D feature width, R rows of a shard.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from vision_moe.errors import InputError
+from vision_moe.files import atomic_write_bytes, atomic_write_text
+
+_MAX_ROWS, _MIN_ROWS, _MANY = 65_536, 256, 64
+
+
+class FeatureShards:
+    """L2-normalised image and text features of M pairs below a folder.
+
+    Args:
+        folder: Is made by the first shard.
+        num_pairs: M.
+    """
+
+    def __init__(self, folder: Path, num_pairs: int) -> None:
+        self.folder = folder
+        self.num_pairs = num_pairs
+        # Many shards even of few pairs: each is the work of one process.
+        self.rows = min(_MAX_ROWS, max(_MIN_ROWS, -(-num_pairs // _MANY)))
+        self.num_shards = -(-num_pairs // self.rows)
+
+    def numbers(self, shard: int) -> np.ndarray:
+        """Of the pairs in a shard."""
+        return np.arange(shard * self.rows, min((shard + 1) * self.rows, self.num_pairs))
+
+    def is_whole(self, shard: int) -> bool:
+        return self._skipped_file(shard).is_file()
+
+    def write(
+        self, shard: int, image: np.ndarray, text: np.ndarray, skipped: Mapping[int, str]
+    ) -> None:
+        """Write a shard.
+
+        Args:
+            shard: Its number.
+            image: ``(R, D)``, of any norm; a row of zeros stands for a pair that is skipped.
+            text: ``(R, D)``.
+            skipped: Why each of those is, by the pair's number.
+
+        Raises:
+            InputError: A feature is not a number, or the shard cannot be written.
+        """
+        for name, features in (("image", image), ("text", text)):
+            assert len(features) == len(self.numbers(shard))
+            if not np.isfinite(features).all():
+                row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+                raise InputError(
+                    f"the {name} feature of pair {self.numbers(shard)[row]} is not a number"
+                )
+            content = io.BytesIO()
+            np.save(content, _unit(features).astype(np.float16))
+            atomic_write_bytes(self._file(name, shard), content.getvalue())
+        # Last: it says that the shard is whole.
+        reasons = {str(number): reason for number, reason in skipped.items()}
+        atomic_write_text(self._skipped_file(shard), json.dumps(reasons))
+
+    @property
+    def image(self) -> MappedRows:
+        """``(M, D)`` fp16."""
+        return self._rows("image")
+
+    @property
+    def text(self) -> MappedRows:
+        """``(M, D)`` fp16."""
+        return self._rows("text")
+
+    def skipped(self) -> dict[int, str]:
+        """The pairs that are left out, and why."""
+        reasons: dict[int, str] = {}
+        for shard in range(self.num_shards):
+            content = json.loads(self._skipped_file(shard).read_text(encoding="utf-8"))
+            reasons.update({int(number): reason for number, reason in content.items()})
+        return reasons
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _rows(self, name: str) -> MappedRows:
+        files = [self._file(name, shard) for shard in range(self.num_shards)]
+        return MappedRows([np.load(file, mmap_mode="r") for file in files], self.rows)
+
+    def _file(self, name: str, shard: int) -> Path:
+        return self.folder / f"{name}-{shard:05d}.npy"
+
+    def _skipped_file(self, shard: int) -> Path:
+        return self.folder / f"skipped-{shard:05d}.json"
+
+
+class MappedRows:
+    """Rows of several memory-mapped arrays in one numbering.
+
+    Args:
+        shards: ``(R, D)`` each, the last one may be shorter.
+        rows: R.
+    """
+
+    def __init__(self, shards: list[np.ndarray], rows: int) -> None:
+        self.shards = shards
+        self.rows = rows
+        self.shape = (sum(len(one) for one in shards), shards[0].shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        """``(n, D)``: the rows of ascending ``numbers``."""
+        shard = numbers // self.rows
+        starts = np.flatnonzero(np.diff(shard, prepend=-1))
+        parts = [
+            self.shards[part[0] // self.rows][part % self.rows]
+            for part in np.split(numbers, starts[1:])
+            if len(part)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), np.float16)
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
