@@ -90,6 +90,29 @@ def _run_recipe(name: str, overrides: tuple[str, ...], upcycles: bool) -> None:
         click.echo(folder)
 
 
+@cli.command("check-data")
+@click.argument("file")
+@click.option("--image-folder", help="Where picture paths start.  [default: FILE's folder]")
+@click.option("--decode", is_flag=True, help="Decode every picture, not its header alone.")
+@click.option("--allow-outside", is_flag=True, help="Pictures may lie outside of that folder.")
+def check_data(file: str, image_folder: str | None, decode: bool, allow_outside: bool) -> None:
+    """Name the record and the fault of everything wrong in FILE.
+
+    FILE is LLaVA's JSON, JSONL, Parquet or a WebDataset shard (.tar); 'shard-{000..012}.tar' and
+    'shard-*.tar' are several.
+    """
+    from train.sources.check import DataCheck, check_data
+    from vision_moe import InputError
+
+    found = DataCheck()
+    for fault in check_data(file, image_folder, decode, allow_outside, found=found):
+        click.echo(fault)
+    click.echo(found.summary(), err=True)
+    if found.num_faulty:
+        share = f"{found.num_faulty:,} of {found.num_records:,}"
+        raise InputError(f"{file}: {share} records are faulty")
+
+
 @cli.command("eval")
 @click.argument("checkpoint")
 @click.option("--task", required=True, help="Name of the task, such as easy_vqa or scenes.")

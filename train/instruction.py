@@ -38,13 +38,14 @@ from train.instruction_rows import (
     learnable,
     plain_row,
 )
-from train.instruction_sources import InstructionData, load_sources
+from train.instruction_sources import load_sources
 from train.parts import TrainableParts, set_trainable
 from train.pictures import KeptFeatures, Pictures, PixelValues
 from train.precision import use_bf16
 from train.recipe import InstructionRecipe
 from train.router_losses import router_settings
 from train.schedule import learning_rate_schedule
+from train.sources.base import InstructionData
 from train.stages import Stage, StageResult
 from vision_moe import CLIPMoEVisionModel, InputError, no_library_progress_bars
 
@@ -106,12 +107,14 @@ def _make(recipe: InstructionRecipe, stage: Stage, folder: Path) -> None:
         "seconds": round(time.monotonic() - started, 3),
         "steps": plan.steps,
         "num_samples": len(rows),
+        "skipped": data.skipped.faults,
         "num_tokens": sum(len(rows[row]) for batch in plan.batches for row in batch),
         "num_parameters": parts.num_parameters,
         "connector_start_explained": explained,
         "history": history,
     }
     (folder / LOG_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+    data.skipped.report()
 
 
 def load_model(

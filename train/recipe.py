@@ -122,14 +122,31 @@ class UpcycleRecipe(Recipe):
 class InstructionSource(Strict):
     """Pictures with what is said, or asked and answered, about them."""
 
-    name: Literal["scenes_captions", "scenes_questions", "easy_vqa", "llava_json"]
+    name: Literal[
+        "scenes_captions",
+        "scenes_questions",
+        "easy_vqa",
+        "llava_json",
+        "jsonl",
+        "parquet",
+        "webdataset",
+        "datasets",
+    ]
+    """Records of ``llava_json`` (a list), ``jsonl``, ``parquet``, ``webdataset`` and ``datasets``
+    are LLaVA's ``conversations`` or Hugging Face's chat ``messages``."""
     path: str | None = None
-    """``llava_json``: the file. ``easy_vqa``: a folder instead of the installed package's."""
+    """Of records: the file; with ``*`` or ``{00..12}`` several. ``datasets``: the data set's name
+    or folder. ``easy_vqa``: a folder instead of the installed package's."""
     image_folder: str | None = None
-    """``llava_json``: where relative picture paths start; the file's own folder by default."""
+    """Of records: where relative picture paths start; the file's own folder by default."""
+    allow_outside: bool = False
+    """Of records: pictures may lie outside of that folder."""
+    weight: PositiveFloat = 1.0
+    """How often each sample occurs in an epoch: 2 shows it twice, 0.5 draws half of them."""
     split: str = "train"
     num_images: Positive | None = None
-    """Drawn with the seed; all of them by default. Scenes are made to order: it must be given."""
+    """Drawn with the seed; all of them by default. Of ``parquet`` and ``datasets`` the first so
+    many records, of other files so many records. Scenes are made to order: it must be given."""
     questions_per_image: Positive | None = None
     """Drawn with the seed; all of them by default."""
     categories: list[str] | None = None

@@ -1,12 +1,10 @@
-"""Samples from scenes, easy-VQA and LLaVA's JSON."""
+"""Samples from scenes and easy-VQA, and how sources are joined."""
 
-import json
 import re
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from train.instruction_sources import load_sources
 from train.recipe import InstructionSource
@@ -54,13 +52,6 @@ def test_unknown_world_option_is_named() -> None:
         load_sources([scenes(world={"shapse": ["circle"]})], seed=0)
 
 
-def test_empty_list_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "data.json").write_text("[]")
-    source = InstructionSource(name="llava_json", path=str(tmp_path / "data.json"))
-    with pytest.raises(InputError, match="data.json: holds no list of records"):
-        load_sources([source], seed=0)
-
-
 def test_unknown_split_is_refused() -> None:
     with pytest.raises(InputError, match="trian"):
         load_sources([scenes(split="trian")], seed=0)
@@ -106,55 +97,15 @@ def test_more_pictures_than_there_are_is_refused() -> None:
         load_sources([InstructionSource(name="easy_vqa", num_images=5000)], seed=0)
 
 
-RECORD = {
-    "id": "cat-17",
-    "image": "cat.png",
-    "conversations": [
-        {"from": "human", "value": "<image>\nWhat is it?"},
-        {"from": "gpt", "value": "A cat."},
-        {"from": "human", "value": "Its color?"},
-        {"from": "gpt", "value": "Black."},
-    ],
-}
+def test_weight_shows_samples_more_often_or_less() -> None:
+    data = load_sources([scenes(weight=2.5), scenes("scenes_captions", weight=0.4)], seed=0)
+    often = Counter(sample.image_keys for sample in data.samples)
+    # 3 scenes two and a half times: 7.5, an even 8; 3 captions 0.4 times: 1.2, one.
+    assert sorted(often.values()) == [1, 2, 3, 3]
+    assert len(data.open_images) == 4
 
 
-def llava(tmp_path: Path, *records: Any) -> InstructionSource:
-    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps(records))
-    return InstructionSource(name="llava_json", path=str(path))
-
-
-def test_llava_conversation_is_a_dialogue(tmp_path: Path) -> None:
-    (sample,) = load_sources([llava(tmp_path, RECORD)], seed=0).samples
-    assert sample.turns == (("What is it?", "A cat."), ("Its color?", "Black."))
-    assert sample.is_dialogue
-
-
-def test_records_of_one_picture_share_it(tmp_path: Path) -> None:
-    data = load_sources([llava(tmp_path, RECORD, RECORD)], seed=0)
-    assert (len(data.samples), len(data.open_images)) == (2, 1)
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        ({"image": "dog.png"}, "dog.png"),
-        ({"image": None}, "'image'"),
-        ({"conversations": RECORD["conversations"][:1]}, "alternate"),
-        ({"conversations": RECORD["conversations"][2:]}, "0 <image> placeholders but 1 image"),
-        ({"conversations": [{"from": "gpt", "value": "x"}] * 2}, "message 0"),
-        ({"conversations": [{"from": "human"}] * 2}, "no text"),
-    ],
-)
-def test_faulty_record_is_named(tmp_path: Path, change: dict[str, Any], fault: str) -> None:
-    with pytest.raises(InputError, match=fault) as caught:
-        load_sources([llava(tmp_path, RECORD, {**RECORD, **change})], seed=0)
-    assert "record 1 (id 'cat-17')" in str(caught.value)
-
-
-def test_file_that_is_not_json_is_named(tmp_path: Path) -> None:
-    source = llava(tmp_path)
-    (tmp_path / "data.json").write_text("[")
-    with pytest.raises(InputError, match="data.json"):
-        load_sources([source], seed=0)
+def test_weighted_draw_depends_on_the_seed() -> None:
+    sources = [scenes(num_images=30, weight=0.2)]
+    first, same, other = (load_sources(sources, seed) for seed in (0, 0, 1))
+    assert first.image_identities == same.image_identities != other.image_identities

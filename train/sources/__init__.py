@@ -1,0 +1,1 @@
+"""Where instruction samples come from: files of conversations, streams, embedded data."""
