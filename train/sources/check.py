@@ -13,7 +13,7 @@ from tqdm import tqdm
 from train.sources.conversations import RecordFault, parse_record
 from train.sources.pictures import Picture, PictureBytes, header_fault
 from train.sources.records import PictureFolder, Record, read_records
-from vision_moe import InputError
+from train.sources.verify import decoding_fault
 
 _CHUNK = 1024
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -72,7 +72,7 @@ def check_data(
     folder = PictureFolder(image_folder or str(Path(path).parent), allow_outside)
     records = read_records(path, container)
     known: dict[Picture, str | None] = {}
-    check_picture = _decoding_fault if decode else header_fault
+    check_picture = decoding_fault if decode else header_fault
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=1.0, desc=f"checking {Path(path).name}", delay=2, bar_format=_BAR) as bar,
@@ -85,7 +85,7 @@ def check_data(
             for record, (fault, pictures) in zip(chunk, parsed, strict=True):
                 found.num_records += 1
                 faults = [fault] if fault else []
-                faults += [f"{_name(p)}: {known[p]}" for p in pictures if known[p] is not None]
+                faults += [known_fault for p in pictures if (known_fault := known[p]) is not None]
                 if faults:
                     found.num_faulty += 1
                     yield f"{record.where}: {'; '.join(faults)}"
@@ -107,16 +107,3 @@ def _parse(record: Record, folder: PictureFolder) -> tuple[str | None, list[Pict
         return None, [folder.find(image, record) for image in conversation.images]
     except RecordFault as fault:
         return str(fault), []
-
-
-def _decoding_fault(picture: Picture) -> str | None:
-    try:
-        picture.open()
-    except InputError as error:
-        return str(error).removeprefix(f"{_name(picture)}: ")
-    return None
-
-
-def _name(picture: Picture) -> str:
-    path = getattr(picture, "path", None)
-    return str(path or getattr(picture, "name", "the picture"))

@@ -1,6 +1,6 @@
 """Instruction samples from the user's own records: JSON, Parquet, WebDataset, streams."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from train.sources.records import (
     read_records,
     stream_records,
 )
+from train.sources.verify import unreadable_pictures
 from vision_moe import InputError
 
 # Their pictures are copied into the cache while they are read, so only what is wanted is read.
@@ -49,9 +50,26 @@ def record_files(source: InstructionSource, seed: int) -> InstructionData:
     data.skipped.enforce_limit()
     if source.name not in _READ_IN_ORDER:
         data.samples[:] = draw(data.samples, source.num_images, [seed])
+    _leave_out_unreadable(data, list(keys))
     data.open_images.extend(picture.open for picture in keys)
     data.image_identities.extend(picture.identity() for picture in keys)
     return data
+
+
+def _leave_out_unreadable(data: InstructionData, pictures: Sequence[Picture]) -> None:
+    """Drop the samples whose pictures cannot be decoded."""
+    used = sorted({key for sample in data.samples for key in sample.image_keys})
+    found = unreadable_pictures([pictures[key] for key in used])
+    faults = {used[number]: fault for number, fault in found.items()}
+    kept = []
+    for sample in data.samples:
+        fault = next((faults[key] for key in sample.image_keys if key in faults), None)
+        if fault is None:
+            kept.append(sample)
+        else:
+            data.skipped.faults.append(f"{sample.source}: {fault}")
+    data.samples[:] = kept
+    data.skipped.enforce_limit()
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"

@@ -21,7 +21,10 @@ _HEAD_BYTES = 4096
 
 
 class Picture(Protocol):
-    """A picture that can be opened again and again."""
+    """A picture that can be opened again and again; ``label`` names it in messages."""
+
+    @property
+    def label(self) -> str: ...
 
     def open(self) -> Image.Image:
         """RGB; raises :class:`InputError` with the picture's name."""
@@ -45,6 +48,10 @@ class PictureFile:
     """A file of its own."""
 
     path: str
+
+    @property
+    def label(self) -> str:
+        return self.path
 
     def open(self) -> Image.Image:
         return open_image(self.path)
@@ -73,8 +80,12 @@ class PictureInTar:
     offset: int
     size: int
 
+    @property
+    def label(self) -> str:
+        return f"{self.shard}, member {self.name}"
+
     def open(self) -> Image.Image:
-        return _open_bytes(self._read(self.size), f"{self.shard}, member {self.name}")
+        return _open_bytes(self._read(self.size), self.label)
 
     def identity(self) -> str:
         status = os.stat(self.shard)
@@ -99,10 +110,10 @@ class PictureBytes:
     """A picture in memory, as record readers give it."""
 
     content: bytes
-    name: str
+    label: str
 
     def open(self) -> Image.Image:
-        return _open_bytes(self.content, self.name)
+        return _open_bytes(self.content, self.label)
 
     def identity(self) -> str:
         return f"sha256 {hashlib.sha256(self.content).hexdigest()}"
@@ -131,6 +142,11 @@ def _open_bytes(content: bytes, name: str) -> Image.Image:
 
 def header_fault(picture: Picture) -> str | None:
     """What is wrong with a picture by its header alone, or ``None``."""
+    fault = _header_fault(picture)
+    return None if fault is None else f"{picture.label}: {fault}"
+
+
+def _header_fault(picture: Picture) -> str | None:
     try:
         head = picture.head()
         size = _size_in_head(head)

@@ -192,3 +192,28 @@ def test_unread_pictures_have_no_number(folder: Path, record: dict[str, Any]) ->
     path = write_json(folder / "data.json", record, {**record, "image": "b.png"})
     data = load("llava_json", path, num_images=1)
     assert (len(data.samples), len(data.open_images)) == (1, 1)
+
+
+def truncated(path: Path) -> str:
+    Image.effect_noise((200, 200), 80).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    return path.name
+
+
+def test_damaged_picture_is_left_out_and_listed(folder: Path, record: dict[str, Any]) -> None:
+    broken = {**record, "id": "noise", "image": truncated(folder / "noise.png")}
+    path = write_json(folder / "data.json", *[record] * 99, broken)
+    for _ in range(2):  # found, and then known
+        data = load("llava_json", path)
+        assert (len(data.samples), len(data.open_images)) == (99, 1)
+        (fault,) = data.skipped.faults
+        assert "record 99 (id 'noise')" in fault and "noise.png: the image cannot be read" in fault
+
+
+def test_repaired_picture_is_read_again(folder: Path, record: dict[str, Any]) -> None:
+    truncated(folder / "cat.png")
+    path = write_json(folder / "data.json", record)
+    with pytest.raises(InputError, match="cat.png: the image cannot be read"):
+        load("llava_json", path)
+    Image.new("RGB", (8, 6)).save(folder / "cat.png")
+    assert len(load("llava_json", path).samples) == 1
