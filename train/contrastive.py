@@ -17,13 +17,13 @@ from train.attention import attention_kernel
 from train.config import recipe_dict, save_resolved
 from train.engine import fit
 from train.optimizers import build_optimizer
+from train.pair_sources import fingerprints
 from train.pairs import PairBatches, Pairs, load_pairs, random_batches, tell_of_skipped
 from train.precision import use_bf16
 from train.processes import processes
 from train.recipe import (
     ContrastiveRecipe,
     ContrastiveTraining,
-    ImageTextData,
     Precision,
     RouterTraining,
 )
@@ -37,7 +37,6 @@ from vision_moe import (
     load,
     load_balancing_loss,
     save,
-    sha256_file,
 )
 
 LOG_FILE, RECIPE_FILE = "training_log.json", "recipe.yaml"
@@ -209,7 +208,7 @@ def run(recipe: ContrastiveRecipe) -> Path:
 
 def run_stage(recipe: ContrastiveRecipe, name: str) -> StageResult:
     """:func:`run` under a name, with what the stage took."""
-    inputs = [*model_inputs(recipe.model), *data_inputs(recipe.data)]
+    inputs = [*model_inputs(recipe.model), *fingerprints(recipe.data)]
     stage = Stage(name, Path(recipe.out), configuration(recipe), inputs)
     return stages.run(stage, lambda folder: _make(recipe, stage, folder))
 
@@ -225,13 +224,6 @@ def configuration(recipe: Any) -> dict[str, Any]:
 def model_inputs(model: dict[str, Any] | str) -> list[str]:
     """Fingerprints of the model that a recipe starts from."""
     return [stages.fingerprint_of(model)] if isinstance(model, str) else []
-
-
-def data_inputs(data: ImageTextData) -> list[str]:
-    """Fingerprint of the file that lists the pairs."""
-    if data.path is None or not Path(data.path).is_file():
-        return []
-    return [f"pairs:{sha256_file(data.path)}"]
 
 
 def write_log(folder: Path, **content: Any) -> None:

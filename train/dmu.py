@@ -29,13 +29,13 @@ from train.contrastive import (
     LOG_FILE,
     RECIPE_FILE,
     configuration,
-    data_inputs,
     model_inputs,
     start_model,
     train_contrastive,
     write_log,
 )
 from train.encoding import encode_to_shards
+from train.pair_sources import fingerprints
 from train.pairs import Pairs, cluster_batches, load_pairs, random_batches, tell_of_skipped
 from train.processes import processes
 from train.recipe import UpcycleRecipe
@@ -101,7 +101,7 @@ def mcl_stages(recipe: UpcycleRecipe) -> list[Stage]:
     config = configuration(recipe)
     for later in ("router", "num_experts", "top_k"):
         config.pop(later)
-    inputs = [*model_inputs(recipe.model), *data_inputs(recipe.data)]
+    inputs = [*model_inputs(recipe.model), *fingerprints(recipe.data)]
     made: list[Stage] = []
     for number in range(1, recipe.num_experts):
         folder = Path(f"{recipe.out}.stages") / f"stage_{number}"

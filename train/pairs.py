@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mllm.scenes import ScenesDataset, render_pictures
-from train.pair_sources import PairSource, limit_of_skipped, open_source
+from train.pair_files import PairSource, limit_of_skipped
+from train.pair_sources import open_source
 from train.recipe import ImageTextData
 from train.scene_world import scene_world
 from vision_moe import CLIPMoEModel, ClusterBatchSampler, InputError

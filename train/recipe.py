@@ -36,11 +36,19 @@ class Recipe(Strict):
 class ImageTextData(Strict):
     """Image-text pairs for contrastive training."""
 
-    name: Literal["scenes", "jsonl", "csv"] = "scenes"
+    name: Literal["scenes", "jsonl", "csv", "llava_json", "webdataset", "datasets"] = "scenes"
     path: str | None = None
-    """``jsonl``, ``csv``: the file, with the fields ``image`` and ``caption``."""
+    """``jsonl``, ``csv``: the file, or a folder with one. ``llava_json``: the file; a picture's
+    first answer is its caption. ``webdataset``: a tar shard, a folder or a pattern. ``datasets``:
+    a saved data set, a folder of Parquet files, or a name on the hub."""
     image_folder: str | None = None
-    """``jsonl``, ``csv``: where the pictures' paths start; the file's own folder by default."""
+    """Where the pictures' paths start; the file's own folder by default."""
+    image_field: str = "image"
+    """``jsonl``, ``csv``, ``datasets``: the field or column of the picture."""
+    caption_field: str = "caption"
+    """``jsonl``, ``csv``, ``datasets``, JSON in ``webdataset``: that of the caption."""
+    dataset_split: str = "train"
+    """``datasets``."""
     num_pairs: Positive | None = None
     """The first so many; of files all by default, of scenes 4,000."""
     split: Literal["train", "validation", "test", "compositional"] = "train"

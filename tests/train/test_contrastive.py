@@ -12,6 +12,7 @@ import vision_moe
 from train import contrastive, engine, run_recipe
 from train.config import load_recipe, parse_recipe
 from train.contrastive import ContrastiveModel, start_model
+from train.pair_sources import fingerprints
 from train.pairs import PairBatches, load_pairs, random_batches
 from train.recipe import ContrastiveRecipe, ContrastiveTraining, RouterTraining
 from vision_moe import CLIPMoEModel, InputError, contrastive_loss, load_balancing_loss
@@ -124,9 +125,9 @@ def test_changed_pairs_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     data = {"name": "jsonl", "path": str(path)}
     path.write_text("{}")
-    before = contrastive.data_inputs(recipe_of(tmp_path, data=data).data)
+    before = fingerprints(recipe_of(tmp_path, data=data).data)
     path.write_text("{ }")
-    assert contrastive.data_inputs(recipe_of(tmp_path, data=data).data) != before
+    assert fingerprints(recipe_of(tmp_path, data=data).data) != before
 
 
 def test_broken_run_goes_on_to_the_same_bits(
