@@ -113,6 +113,19 @@ def check_data(file: str, image_folder: str | None, decode: bool, allow_outside:
         raise InputError(f"{file}: {share} records are faulty")
 
 
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+def export(checkpoint: str, out: Path) -> None:
+    """Write CHECKPOINT, adapters merged, as a folder that stock Hugging Face classes load.
+
+    CHECKPOINT is one of a training run (RUN.checkpoints, or a checkpoint in it), or an MLLM folder.
+    """
+    from train.export import export as write
+
+    click.echo(write(checkpoint, out))
+
+
 @cli.command("eval")
 @click.argument("checkpoint")
 @click.option("--task", required=True, help="Name of the task, such as easy_vqa or scenes.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from train import stages
 from train.attention import attention_kernel
 from train.config import recipe_dict, save_resolved
-from train.engine import fit
+from train.engine import RunSettings, checkpoint_folder, fit
 from train.optimizers import build_optimizer
 from train.pair_sources import fingerprints
 from train.pairs import PairBatches, Pairs, load_pairs, random_batches, tell_of_skipped
@@ -158,23 +159,21 @@ def train_contrastive(
         learning_rate_schedule(
             optimizer, "cosine", min(training.warmup_steps, training.steps // 2), training.steps
         ),
-        steps=training.steps,
-        checkpoints=Path(f"{stage.folder}.checkpoints"),
-        fingerprint=stage.fingerprint,
-        description=stage.name,
-        seed=seed,
-        bf16=use_bf16(precision),
-        gradient_accumulation=1,
-        max_grad_norm=1.0,
-        log_steps=max(1, training.steps // 100),
-        save_steps=save_steps,
-        resume=True,
-    )
+        training.steps,
+        RunSettings(
+            folder=stage.folder,
+            fingerprint=stage.fingerprint,
+            description=stage.name,
+            seed=seed,
+            bf16=use_bf16(precision),
+            log_steps=max(1, training.steps // 100),
+            save_steps=save_steps,
+        ),
+    ).history
+    if processes().is_main_process:
+        shutil.rmtree(checkpoint_folder(stage.folder), ignore_errors=True)
     clip.requires_grad_(True)
     clip.eval()
-    # The log would not tell: the Trainer leaves losses that are no numbers out of it.
-    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
-        raise InputError(f"{stage.name}: the loss is no longer a number; lower the learning rate")
     return history
 
 

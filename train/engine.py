@@ -1,19 +1,21 @@
 """Hugging Face's Trainer with whole checkpoints, batches made beforehand and a quiet terminal."""
 
-import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from accelerate.utils import DistributedType, gather_object
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -22,207 +24,301 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
+from train import checkpoints
+from train.checkpoints import Content
 from train.instruction_data import only_item
 from train.processes import processes
+from train.progress import ProgressBar, check_tracker, tensorboard_callback
+from train.recipe import LogTo
 from vision_moe import InputError
 
-_WEIGHTS = "trained.safetensors"
-_FINGERPRINT = "fingerprint.json"
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How a run goes, apart from what it trains.
+
+    Args:
+        folder: Of the result; checkpoints and curves stand beside it.
+        fingerprint: Of the run; checkpoints of another one are refused.
+        description: Of the progress bar.
+        seed: Of dropout.
+        bf16: Compute under bf16 autocast.
+        gradient_accumulation: Batches of each process for an optimiser step.
+        max_grad_norm: Where the gradient's norm is clipped.
+        log_steps: Steps between two log entries.
+        log_to: Where curves go.
+        save_steps: Steps between two checkpoints; none by default.
+        keep_checkpoints: So many of the newest.
+        resume: Go on from a checkpoint of this run, if there is one.
+    """
+
+    folder: Path
+    fingerprint: str
+    description: str
+    seed: int
+    bf16: bool
+    gradient_accumulation: int = 1
+    max_grad_norm: float = 1.0
+    log_steps: int
+    log_to: LogTo = "none"
+    save_steps: int | None = None
+    keep_checkpoints: int = 1
+    resume: bool = True
+
+    @property
+    def checkpoints(self) -> Path:
+        """There until the run's result is whole."""
+        return checkpoint_folder(self.folder)
 
 
-class ProgressBar(TrainerCallback):
-    """Steps, time left and loss on stderr; transformers' own writes to stdout."""
-
-    def __init__(self, description: str) -> None:
-        self.description = description
-        self.bar: tqdm[Any] | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.description,
-            unit="step",
-            mininterval=0.5,
-            disable=not state.is_world_process_zero,
-        )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        assert self.bar is not None
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
-
-    def close(self) -> None:
-        """End the bar's line: also where training was cut short and a message follows."""
-        if self.bar is not None:
-            self.bar.close()
+def checkpoint_folder(out: str | Path) -> Path:
+    """Where the checkpoints of a run whose result goes to ``out`` stand."""
+    return Path(f"{out}.checkpoints")
 
 
 class WholeCheckpointTrainer(Trainer):
-    """A Trainer whose checkpoints hold the trained weights alone and appear whole or not at all.
+    """A Trainer that stops at a loss that is no number, and whose checkpoints are whole.
 
-    Only the newest is kept. What is frozen is rebuilt from the recipe, which the folder's
-    fingerprint stands for.
+    A checkpoint holds what trains and what it takes to go on, and appears complete or not at all.
     """
 
+    def __init__(self, *, content: Content, keep_checkpoints: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.content = content
+        self.keep_checkpoints = keep_checkpoints
+        self._tokens: Tensor | None = None
+        self._logged_at = time.monotonic()
+
+    # --- steps -----------------------------------------------------------------------------------
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        if (count := getattr(self.unwrapped, "num_tokens", None)) is not None:
+            seen = count(inputs)
+            self._tokens = seen if self._tokens is None else self._tokens + seen
+        loss = super().compute_loss(model, inputs, *args, **options)
+        value = (loss[0] if isinstance(loss, tuple) else loss).detach()
+        if not torch.isfinite(value):
+            raise InputError(self._no_number("loss", value))
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not math.isfinite(norm):
+            raise InputError(self._no_number("gradient", norm))
+        return norm
+
+    def _no_number(self, what: str, value: Any) -> str:
+        assert self.args.output_dir is not None
+        whole = checkpoints.checkpoints_in(Path(self.args.output_dir))
+        kept = f"{whole[0]} is from before it" if whole else "there is no checkpoint yet"
+        return (
+            f"step {self.state.global_step + 1}: the {what} is {float(value)}; the run stops before"
+            f" the weights change ({kept}), lower the learning rate, or look at the data"
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add speed, the routers' losses and their load, over all processes."""
+        if "loss" in logs:
+            pop_curves = getattr(self.unwrapped, "pop_curves", dict)
+            tokens = 0 if self._tokens is None else int(self._tokens)
+            everyone = gather_object([(tokens, pop_curves())])
+            now = time.monotonic()
+            if total := sum(count for count, _ in everyone):
+                logs["tokens_per_second"] = round(total / max(now - self._logged_at, 1e-9), 1)
+            logs |= _means([means for _, means in everyone])
+            self._tokens, self._logged_at = None, now
+        super().log(logs, start_time)
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The model as it was given, whatever it has been wrapped in."""
+        unwrapped: nn.Module = self.accelerator.unwrap_model(self.model)
+        return unwrapped
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
     def _get_output_dir(self, trial: Any) -> str:
-        return os.path.join(super()._get_output_dir(trial), "unfinished")
+        return os.path.join(super()._get_output_dir(trial), checkpoints.UNFINISHED)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # below "unfinished"
-        self.accelerator.wait_for_everyone()
+        assert self.args.output_dir is not None
+        folder = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        aside = folder / checkpoints.UNFINISHED
+        try:
+            super()._save_checkpoint(model, trial)  # below "unfinished"
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.write_manifest(aside / name)
+                shutil.rmtree(folder / name, ignore_errors=True)  # of this step, but not whole
+                os.replace(aside / name, folder / name)
+        except (OSError, RuntimeError, SafetensorError, InputError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            whole = checkpoints.checkpoints_in(folder)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            kept = f"the same command goes on from {whole[0].name}" if whole else "it was the first"
+            raise InputError(f"{folder / name}: cannot be written ({reason}); {kept}") from error
         if self.args.should_save:
-            assert self.args.output_dir is not None
-            folder = Path(self.args.output_dir)
-            older = list(folder.glob("checkpoint-*"))
-            name = f"checkpoint-{self.state.global_step}"
-            os.replace(folder / "unfinished" / name, folder / name)
-            for one in older:
-                shutil.rmtree(one, ignore_errors=True)
+            for older in checkpoints.checkpoints_in(folder)[self.keep_checkpoints :]:
+                shutil.rmtree(older, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        assert output_dir is not None and self.model is not None
+        assert output_dir is not None
         os.makedirs(output_dir, exist_ok=True)
-        trained = {k: p.detach().contiguous() for k, p in _trained(self.model).items()}
-        save_file(trained, os.path.join(output_dir, _WEIGHTS))
+        self.content.save(self.kept_state(state_dict), Path(output_dir))
+
+    def kept_state(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What a checkpoint holds of the weights, by name in the model.
+
+        Args:
+            state_dict: Whole tensors of a model that is sharded; its own by default.
+        """
+        if state_dict is None:
+            state_dict = dict(self.unwrapped.named_parameters())
+        return {name: state_dict[name] for name in self.content.names()}
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        assert self.model is not None
-        stored = load_file(os.path.join(resume_from_checkpoint, _WEIGHTS))
-        trained = _trained(self.model)
-        assert stored.keys() == trained.keys(), "a checkpoint of another model"
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(stored[name])
+        state = self.content.read(Path(resume_from_checkpoint))
+        checkpoints.put_weights(self.unwrapped, state, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with checkpoints.reading(Path(checkpoint)):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with checkpoints.reading(Path(checkpoint)):
+                super()._load_rng_state(checkpoint)
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _means(of_processes: list[dict[str, float]]) -> dict[str, float]:
+    """Over those processes that have a value: a batch of text alone routes no picture."""
+    names = dict.fromkeys(name for one in of_processes for name in one)
+    values = {name: [one[name] for one in of_processes if name in one] for name in names}
+    return {name: sum(ones) / len(ones) for name, ones in values.items()}
+
+
+class SaveLast(TrainerCallback):
+    """A checkpoint after the last step, so that a result that cannot be written is not lost."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = True
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a run leaves besides the model.
+
+    Attributes:
+        history: The log: ``step``, ``loss`` (mean since the last entry), ``learning_rate``,
+            ``grad_norm``, ``tokens_per_second``, and the routers' losses and loads where some take
+            part.
+        gathered: Of a model that is sharded over processes, the weights that a checkpoint holds (on
+            the main process); else the model holds them itself.
+    """
+
+    history: list[dict[str, float]]
+    gathered: dict[str, Tensor] | None
 
 
 def fit(
     model: nn.Module,
-    batches: Dataset[dict[str, torch.Tensor]],
+    batches: Dataset[dict[str, Tensor]],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     steps: int,
-    checkpoints: Path,
-    fingerprint: str,
-    description: str,
-    seed: int,
-    bf16: bool,
-    gradient_accumulation: int,
-    max_grad_norm: float,
-    log_steps: int,
-    save_steps: int | None,
-    resume: bool,
-) -> list[dict[str, float]]:
+    settings: RunSettings,
+    content: Content | None = None,
+    num_skipped: Callable[[], int] = lambda: 0,
+) -> Fitted:
     """Train ``model`` for ``steps`` optimiser steps, in place.
 
     Args:
-        model: ``forward(**batch, num_items_in_batch)`` gives ``loss``.
+        model: ``forward(**batch)`` gives ``loss``, and takes ``num_items_in_batch`` too if
+            ``accepts_loss_kwargs``. It may have ``num_tokens(batch)``, for the speed, and
+            ``pop_curves()``, named values for the log.
         batches: Item ``i`` is the ``i``-th batch of the whole run.
         optimizer: With a parameter group for each learning rate.
         scheduler: Of the optimiser's learning rates.
         steps: Optimiser steps.
-        checkpoints: Folder for checkpoints, removed when the run is done.
-        fingerprint: Of the run; checkpoints of another one are refused.
-        description: Of the progress bar.
-        seed: Of dropout.
-        bf16: Compute under bf16 autocast.
-        gradient_accumulation: Batches for each optimiser step.
-        max_grad_norm: Where the gradient's norm is clipped.
-        log_steps: Steps between two log entries.
-        save_steps: Steps between two checkpoints; none by default.
-        resume: Go on from a checkpoint of this run, if there is one.
-
-    Returns:
-        The log: ``step``, ``loss`` (mean since the last entry), ``learning_rate``, ``grad_norm``.
+        settings: All else.
+        content: What checkpoints hold of the model; what trains by default.
+        num_skipped: How many samples have been left out so far, for the progress line.
     """
-    with processes().main_process_first():
-        last = _prepare_checkpoints(checkpoints, fingerprint, resume, bool(save_steps))
+    check_tracker(settings.log_to)
+    content = content or checkpoints.TrainedWeights(model)
+    saves = settings.save_steps is not None
+    last = _prepare(settings, saves)
     arguments = TrainingArguments(
-        output_dir=str(checkpoints),
+        output_dir=str(settings.checkpoints),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=gradient_accumulation,
+        gradient_accumulation_steps=settings.gradient_accumulation,
         max_steps=steps,
-        max_grad_norm=max_grad_norm,
-        bf16=bf16,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-        seed=seed,
+        seed=settings.seed,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=log_steps,
+        logging_steps=settings.log_steps,
         logging_first_step=True,
-        save_strategy="steps" if save_steps else "no",
-        save_steps=save_steps or steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if saves else "no",
+        save_steps=settings.save_steps or steps,
         disable_tqdm=True,
-        report_to="none",
+        project="mllm",
+        run_name=settings.folder.name,
+        report_to=settings.log_to if settings.log_to in ("trackio", "wandb") else "none",
+        # No parameter that trains is ever left out of a step.
+        ddp_find_unused_parameters=False,
     )
-    progress = ProgressBar(description)
+    progress = ProgressBar(settings.description, num_skipped)
+    callbacks: list[TrainerCallback] = [progress]
+    if saves:
+        callbacks.append(SaveLast())
+    if settings.log_to == "tensorboard":
+        callbacks.append(tensorboard_callback(Path(f"{settings.folder}.logs")))
     trainer = WholeCheckpointTrainer(
+        content=content,
+        keep_checkpoints=settings.keep_checkpoints,
         model=model,
         args=arguments,
         train_dataset=batches,
         data_collator=only_item,
         optimizers=(optimizer, scheduler),
-        callbacks=[progress],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     with _quiet_libraries(), closing(progress):
-        trainer.train(resume_from_checkpoint=last)
-    if processes().is_main_process:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if trainer.accelerator.distributed_type not in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    ):
+        return Fitted(history, None)
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return Fitted(history, trainer.kept_state(whole) if whole else {})
 
 
-def _prepare_checkpoints(
-    folder: Path, fingerprint: str, resume: bool, will_save: bool
-) -> str | None:
-    """The checkpoint to go on from, in a folder that is then ready for this run's own."""
-    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    if last is not None:
-        try:
-            stored = json.loads((folder / _FINGERPRINT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            stored = None
-        if stored != fingerprint:
-            raise InputError(
-                f"{folder}: holds checkpoints of a run with another configuration;"
-                " delete it, choose another 'out', or set resume=never"
-            )
+def _prepare(settings: RunSettings, saves: bool) -> Path | None:
+    """:func:`train.checkpoints.prepare` by one process, for all."""
+    folder = settings.checkpoints
+    with processes().main_process_first():
         if processes().is_main_process:
-            shutil.rmtree(folder / "unfinished", ignore_errors=True)
-        return last
-    if not processes().is_main_process:
-        return None
-    shutil.rmtree(folder, ignore_errors=True)
-    if will_save:
-        folder.mkdir(parents=True)
-        (folder / _FINGERPRINT).write_text(json.dumps(fingerprint), encoding="utf-8")
-    return None
+            return checkpoints.prepare(folder, settings.fingerprint, settings.resume, saves)
+        return checkpoints.newest_whole(folder) if settings.resume else None
 
 
 @contextmanager

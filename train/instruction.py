@@ -6,6 +6,7 @@ The result is a plain LLaVA checkpoint: adapters are merged into the weights tha
 import itertools
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from mllm.llm import EMBEDDED_LLM, load_llm
 from mllm.model import build_llava, load_mllm, replace_vision_tower, save_mllm
 from mllm.prompts import ChatPrompts
 from train import stages
+from train.checkpoints import put_weights
 from train.config import recipe_dict, save_resolved
 from train.connector_start import start_connector
-from train.engine import fit
+from train.engine import Fitted, RunSettings, checkpoint_folder, fit
 from train.features import cached_features
 from train.instruction_data import BatchDataset, plan_batches
 from train.instruction_model import InstructionModel
@@ -39,20 +41,25 @@ from train.instruction_rows import (
     plain_row,
 )
 from train.instruction_sources import load_sources
+from train.mllm_checkpoint import RECIPE_FILE, MLLMContent
 from train.parts import TrainableParts, set_trainable
 from train.pictures import KeptFeatures, Pictures, PixelValues
 from train.precision import use_bf16
+from train.processes import processes
 from train.recipe import InstructionRecipe
 from train.router_losses import router_settings
 from train.schedule import learning_rate_schedule
-from train.sources.base import InstructionData
+from train.sources.base import InstructionData, SkippedSamples
 from train.stages import Stage, StageResult
 from vision_moe import CLIPMoEVisionModel, InputError, no_library_progress_bars
 
 # What a recipe says about the run rather than its result, and paths, whose content is an input.
-_NOT_CONFIGURATION = ("out", "llm", "tower", "init_from", "log_steps", "save_steps", "resume")
+_NOT_CONFIGURATION = (
+    "out", "llm", "tower", "init_from", "log_steps", "log_to", "save_steps", "keep_checkpoints",
+    "resume",
+)  # fmt: skip
 
-LOG_FILE, RECIPE_FILE = "training_log.json", "recipe.yaml"
+LOG_FILE = "training_log.json"
 
 
 def run(recipe: InstructionRecipe) -> Path:
@@ -69,7 +76,10 @@ def run(recipe: InstructionRecipe) -> Path:
 def run_stage(recipe: InstructionRecipe, name: str) -> StageResult:
     """:func:`run` under a name, with what the stage took."""
     stage = instruction_stage(recipe, name)
-    return stages.run(stage, lambda folder: _make(recipe, stage, folder))
+    result = stages.run(stage, lambda folder: _make(recipe, stage, folder))
+    if processes().is_main_process:
+        shutil.rmtree(checkpoint_folder(recipe.out), ignore_errors=True)
+    return result
 
 
 def instruction_stage(recipe: InstructionRecipe, name: str) -> Stage:
@@ -85,24 +95,33 @@ def instruction_stage(recipe: InstructionRecipe, name: str) -> Stage:
 
 def _make(recipe: InstructionRecipe, stage: Stage, folder: Path) -> None:
     """Fill ``folder`` with the trained MLLM."""
+    model, processor, log = _train(recipe, stage)
+    if not processes().is_main_process:
+        return
+    save_mllm(model, processor, folder)
+    save_resolved(recipe, folder / RECIPE_FILE)
+    (folder / LOG_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+
+
+def _train(
+    recipe: InstructionRecipe, stage: Stage
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, dict[str, Any]]:
+    """The trained MLLM, adapters merged, and what there is to say of the run."""
     started = time.monotonic()
     model, processor = load_model(recipe)
     data = load_sources(recipe.data, recipe.seed)
     pictures = picture_inputs(recipe, model, processor, data)
     rows = build_rows(recipe, model, processor, data.samples)
-    explained = None
-    if recipe.init_from is None and recipe.connector_start == "words":
-        said = data
-        if recipe.connector_start_data:
-            said = load_sources(recipe.connector_start_data, recipe.seed)
-        seen = tower_features(model, processor, said)
-        explained = start_connector(model, processor.tokenizer, said.samples, seen, recipe.seed)
+    explained = _start_connector(recipe, model, processor, data)
     parts = set_trainable(model, recipe.trainable, recipe.seed)
     plan = plan_run(recipe, rows)
-    history = _fit(recipe, stage, model, processor, parts, plan, rows, pictures)
+    fitted = _fit(recipe, stage, model, processor, parts, plan, rows, pictures, data.skipped)
+    if fitted.gathered is not None:  # the model's own weights are spread over the processes
+        model, processor = load_model(recipe)
+        parts = set_trainable(model, recipe.trainable, recipe.seed)
+        put_weights(InstructionModel(model), fitted.gathered, "the trained model")
     parts.merge()
-    save_mllm(model, processor, folder)
-    save_resolved(recipe, folder / RECIPE_FILE)
+    data.skipped.report()
     log = {
         "seconds": round(time.monotonic() - started, 3),
         "steps": plan.steps,
@@ -111,10 +130,24 @@ def _make(recipe: InstructionRecipe, stage: Stage, folder: Path) -> None:
         "num_tokens": sum(len(rows[row]) for batch in plan.batches for row in batch),
         "num_parameters": parts.num_parameters,
         "connector_start_explained": explained,
-        "history": history,
+        "history": fitted.history,
     }
-    (folder / LOG_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
-    data.skipped.report()
+    return model.eval(), processor, log
+
+
+def _start_connector(
+    recipe: InstructionRecipe,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    data: InstructionData,
+) -> float | None:
+    """The share of the words' variance that the connector explains; ``None`` of a random start."""
+    if recipe.init_from is not None or recipe.connector_start == "random":
+        return None
+    if recipe.connector_start_data:
+        data = load_sources(recipe.connector_start_data, recipe.seed)
+    seen = tower_features(model, processor, data)
+    return start_connector(model, processor.tokenizer, data.samples, seen, recipe.seed)
 
 
 def load_model(
@@ -200,25 +233,45 @@ def build_rows(
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Every batch of a run, as row numbers, and the optimiser steps that they make."""
+    """Every batch of a run, as row numbers, and the optimiser steps that they make.
+
+    Batch ``i`` goes to process ``i % num_processes``; one that is empty fills up the last step.
+    """
 
     batches: list[list[int]]
     steps: int
+    gradient_accumulation: int
 
 
 def plan_run(recipe: InstructionRecipe, rows: list[Row]) -> RunPlan:
     """Which rows each step sees, decided before the first, so that resuming is exact."""
     if recipe.steps is None and recipe.epochs is None:
         raise InputError("the recipe sets neither 'steps' nor 'epochs'")
+    num_processes = processes().num_processes
+    accumulation = _gradient_accumulation(recipe, num_processes)
     lengths = [len(row) for row in rows]
     planned = plan_batches(lengths, recipe.batch_rows, recipe.max_tokens_per_batch, recipe.seed)
-    per_step = recipe.gradient_accumulation * _num_processes()
+    per_step = accumulation * num_processes
     if recipe.steps is not None:
         chosen = itertools.islice(planned, recipe.steps * per_step)
-        return RunPlan([batch for _, batch in chosen], recipe.steps)
+        return RunPlan([batch for _, batch in chosen], recipe.steps, accumulation)
     assert recipe.epochs is not None
     batches = list(_first_rows(planned, round(recipe.epochs * len(rows))))
-    return RunPlan(batches, math.ceil(len(batches) / per_step))
+    steps = math.ceil(len(batches) / per_step)
+    batches += [[] for _ in range(-len(batches) % num_processes)]
+    return RunPlan(batches, steps, accumulation)
+
+
+def _gradient_accumulation(recipe: InstructionRecipe, num_processes: int) -> int:
+    if recipe.global_batch is None:
+        return recipe.gradient_accumulation
+    at_once = recipe.batch_rows * num_processes
+    if recipe.global_batch % at_once:
+        raise InputError(
+            f"'global_batch' is {recipe.global_batch}, no multiple of {recipe.batch_rows}"
+            f" 'batch_rows' on {num_processes} processes"
+        )
+    return recipe.global_batch // at_once
 
 
 def _first_rows(planned: Iterator[tuple[int, list[int]]], num_rows: int) -> Iterator[list[int]]:
@@ -231,12 +284,6 @@ def _first_rows(planned: Iterator[tuple[int, list[int]]], num_rows: int) -> Iter
             return
 
 
-def _num_processes() -> int:
-    from accelerate import PartialState
-
-    return PartialState().num_processes
-
-
 def _fit(
     recipe: InstructionRecipe,
     stage: Stage,
@@ -246,30 +293,34 @@ def _fit(
     plan: RunPlan,
     rows: list[Row],
     pictures: Pictures,
-) -> list[dict[str, float]]:
+    skipped: SkippedSamples,
+) -> Fitted:
     groups: list[dict[str, Any]] = [
         {"params": parameters, "lr": getattr(recipe.trainable, part).lr}
         for part, parameters in parts.parameters.items()
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
-    history = fit(
+    warmup_steps = math.ceil(recipe.warmup_ratio * plan.steps)
+    return fit(
         InstructionModel(model, router_settings(recipe, model, parts)),
         BatchDataset(rows, plan.batches, pictures, processor.tokenizer.pad_token_id or 0),
         optimizer,
-        learning_rate_schedule(
-            optimizer, recipe.schedule, math.ceil(recipe.warmup_ratio * plan.steps), plan.steps
+        learning_rate_schedule(optimizer, recipe.schedule, warmup_steps, plan.steps),
+        plan.steps,
+        RunSettings(
+            folder=Path(recipe.out),
+            fingerprint=stage.fingerprint,
+            description=stage.name,
+            seed=recipe.seed,
+            bf16=use_bf16(recipe.precision),
+            gradient_accumulation=plan.gradient_accumulation,
+            max_grad_norm=recipe.max_grad_norm,
+            log_steps=recipe.log_steps,
+            log_to=recipe.log_to,
+            save_steps=recipe.save_steps,
+            keep_checkpoints=recipe.keep_checkpoints,
+            resume=recipe.resume == "auto",
         ),
-        steps=plan.steps,
-        checkpoints=Path(f"{recipe.out}.checkpoints"),
-        fingerprint=stage.fingerprint,
-        description=stage.name,
-        seed=recipe.seed,
-        bf16=use_bf16(recipe.precision),
-        gradient_accumulation=recipe.gradient_accumulation,
-        max_grad_norm=recipe.max_grad_norm,
-        log_steps=recipe.log_steps,
-        save_steps=recipe.save_steps,
-        resume=recipe.resume == "auto",
+        MLLMContent(model, parts, recipe),
+        num_skipped=lambda: len(skipped.faults),
     )
-    model.eval()
-    return history

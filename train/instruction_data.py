@@ -133,8 +133,20 @@ class BatchDataset(Dataset[dict[str, Tensor]]):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rows = [self.rows[number] for number in self.batches[index]]
-        return collate(rows, self.pictures, self.pad_token_id)
+        numbers = self.batches[index]
+        if not numbers:
+            return self._nothing_to_learn()
+        return collate([self.rows[number] for number in numbers], self.pictures, self.pad_token_id)
+
+    def _nothing_to_learn(self) -> dict[str, Tensor]:
+        """For a process that is left without a batch in the last step, and must take part."""
+        shortest = min(self.rows, key=len)
+        batch = collate([shortest], self.pictures, self.pad_token_id)
+        return {
+            **batch,
+            "label_positions": batch["label_positions"][:0],
+            "labels": batch["labels"][:0],
+        }
 
 
 def only_item(items: Sequence[Any]) -> Any:

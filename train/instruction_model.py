@@ -92,6 +92,14 @@ class InstructionModel(nn.Module):
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
 
+    def num_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """Of a batch, without padding."""
+        return (batch["branch_ids"] != PADDING).sum()
+
+    def pop_curves(self) -> dict[str, float]:
+        """The routers' losses and loads since the last call, for the log."""
+        return self.router_losses.pop_curves()
+
     def _tower_features(self, pixel_values: Tensor) -> Tensor:
         config = self.llava.config
         num_images = len(pixel_values)

@@ -41,19 +41,30 @@ def inject_lora(
     from peft.tuners.lora import LoraLayer
 
     target: str | list[str] = settings.target
+    parameters: list[str] = []
     if belongs is not None:
+        chosen = {
+            name: layer
+            for name, layer in module.named_modules()
+            if belongs(name) and _is_chosen(name, settings.target)
+        }
+        # PyTorch's own attention holds its three projections as one bare parameter. Its output
+        # projection is no layer that is called, so that it has no adapter.
+        attentions = [n for n, layer in chosen.items() if isinstance(layer, nn.MultiheadAttention)]
+        parameters = [f"{name}.in_proj_weight" for name in attentions]
         target = [
             name
-            for name, layer in module.named_modules()
-            if _can_adapt(name, layer) and belongs(name) and _is_chosen(name, settings.target)
+            for name, layer in chosen.items()
+            if isinstance(layer, nn.Linear) and name.rpartition(".")[0] not in attentions
         ]
-        if not target:
+        if not target and not parameters:
             raise InputError(f"'trainable.{part}.target': {settings.target} names no layer of it")
     config = peft.LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         target_modules=target,
+        target_parameters=parameters or None,
     )
     try:
         with torch.random.fork_rng():
@@ -71,12 +82,6 @@ def inject_lora(
         if isinstance(layer, LoraLayer):
             layer.set_adapter(list(layer.r))  # type: ignore[attr-defined]
     return adapted
-
-
-def _can_adapt(name: str, layer: nn.Module) -> bool:
-    # The output projection of PyTorch's own attention is adapted with the attention.
-    inside_attention = type(layer).__name__ == "NonDynamicallyQuantizableLinear"
-    return isinstance(layer, (nn.Linear, nn.MultiheadAttention)) and not inside_attention
 
 
 def _is_chosen(name: str, target: str | list[str]) -> bool:

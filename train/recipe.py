@@ -15,6 +15,7 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["cosine", "linear", "constant"]
+LogTo = Literal["none", "tensorboard", "trackio", "wandb"]
 
 
 class Strict:
@@ -265,6 +266,10 @@ class InstructionRecipe(Recipe):
     max_tokens_per_batch: Positive = 4096
     """At most so many tokens, padding included, in a batch of one process."""
     gradient_accumulation: Positive = 1
+    """Batches of one process for an optimiser step."""
+    global_batch: Positive | None = None
+    """Rows of an optimiser step: sets ``gradient_accumulation`` by ``batch_rows`` and the number of
+    processes, so that the same recipe does the same on one and on several."""
     epochs: PositiveFloat | None = 1.0
     steps: Positive | None = None
     """Optimiser steps; takes precedence over ``epochs``."""
@@ -276,8 +281,13 @@ class InstructionRecipe(Recipe):
     """``auto``: bf16 autocast where the processor computes it natively, fp32 elsewhere."""
 
     log_steps: Positive = 5
+    log_to: LogTo = "none"
+    """Curves for TensorBoard (``OUT.logs``), trackio or Weights & Biases."""
     save_steps: Positive | None = None
-    """Write a checkpoint every so many steps, beside ``out``, until the run is done."""
+    """Write a checkpoint every so many steps and after the last, beside ``out``, until the run is
+    done."""
+    keep_checkpoints: Positive = 1
+    """So many of the newest."""
     resume: Literal["auto", "never"] = "auto"
     """``auto``: go on from the newest whole checkpoint of this recipe."""
 

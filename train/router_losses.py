@@ -153,11 +153,17 @@ class RouterLosses:
         counts = torch.bincount(chosen, minlength=logits.shape[-1])
         self._add(f"router_load/{block}", counts / max(1, chosen.numel()))
 
-    def pop_means(self) -> dict[str, Tensor]:
-        """Means since the last call: the losses, and each block's ``router_load`` ``(E,)``."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+    def pop_curves(self) -> dict[str, float]:
+        """Means since the last call: ``balance_loss``, ``router_load/vision_0/expert_0``, ..."""
+        curves: dict[str, float] = {}
+        for name, total in self._sums.items():
+            mean: Any = (total / self._counts[name]).tolist()
+            if isinstance(mean, list):
+                curves |= {f"{name}/expert_{number}": load for number, load in enumerate(mean)}
+            else:
+                curves[name] = mean
         self._sums, self._counts = {}, {}
-        return means
+        return curves
 
 
 def _short_names(layers: tuple[str, ...]) -> dict[str, str]:

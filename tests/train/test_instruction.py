@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from train import engine, run_recipe, stages
+from train import progress, run_recipe, stages
 from train.config import load_recipe
 from train.parts import set_trainable
 from train.recipe import (
@@ -107,7 +107,7 @@ class Killed(BaseException):
 def run_killed_after(
     recipe: InstructionRecipe, num_steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = engine.ProgressBar.on_step_end
+    original = progress.ProgressBar.on_step_end
 
     def kill(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         original(self, args, state, control, **rest)
@@ -115,7 +115,7 @@ def run_killed_after(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.ProgressBar, "on_step_end", kill)
+        patch.setattr(progress.ProgressBar, "on_step_end", kill)
         with pytest.raises(Killed):
             run_recipe(recipe)
 

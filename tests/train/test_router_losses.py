@@ -116,7 +116,7 @@ def test_batch_of_text_alone_gives_the_tower_gradients_of_zero(mllm: Any) -> Non
     wrapped(**batch_of(mllm))["loss"].backward()
     gradients = [p.grad for part in ("vision", "router", "experts") for p in parts.parameters[part]]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
-    assert wrapped.router_losses.pop_means() == {}
+    assert wrapped.pop_curves() == {}
 
 
 def test_curves_of_every_block_that_takes_part(mllm: Any, batch: dict[str, Tensor]) -> None:
@@ -127,13 +127,12 @@ def test_curves_of_every_block_that_takes_part(mllm: Any, batch: dict[str, Tenso
     )
     for _ in range(3):
         wrapped(**batch)
-    means = wrapped.router_losses.pop_means()
-    assert means.keys() == {
-        "balance_loss", "router_z_loss", "router_load/vision_0", "router_load/vision_1",
-    }  # fmt: skip
-    assert means["router_load/vision_1"].sum().item() == pytest.approx(1)
-    assert 1 <= means["balance_loss"] <= 4
-    assert wrapped.router_losses.pop_means() == {}
+    curves = wrapped.pop_curves()
+    loads = {f"router_load/vision_{b}/expert_{e}" for b in (0, 1) for e in range(4)}
+    assert curves.keys() == {"balance_loss", "router_z_loss", *loads}
+    assert sum(curves[f"router_load/vision_1/expert_{e}"] for e in range(4)) == pytest.approx(1)
+    assert 1 <= curves["balance_loss"] <= 4
+    assert wrapped.pop_curves() == {}
 
 
 def test_frozen_tower_has_no_router_losses(mllm: Any) -> None:
