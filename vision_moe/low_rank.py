@@ -162,57 +162,84 @@ class LowRankExperts(nn.Module):
     def __len__(self) -> int:
         return _delta(self.deltas, self.parts.down).a.shape[0] + 1
 
-    def expert(self, index: int, x: Tensor) -> Tensor:
-        """What expert ``index`` alone makes of ``(T, D)``."""
-        weights = x.new_ones(x.shape[0], 1)
-        groups = [x.new_zeros(0, dtype=torch.long)] * len(self)
-        groups[index] = torch.arange(x.shape[0], device=x.device)
-        return self.mix(x, groups, [weights[group] for group in groups])
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, in shapes that do not depend on the routing.
 
-    def mix(self, x: Tensor, tokens: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """The experts' weighted sum for each token.
+        ``A x`` is taken for all experts at once; what a token has not chosen is set to zero.
 
         Args:
             x: ``(T, D)``.
-            tokens: for each expert the numbers ``(T_e,)`` of the tokens that chose it.
-            weights: for each expert ``(T_e, 1)``; those of a token sum to one.
+            weights: ``(T, K)``, each row summing to one.
+            chosen: ``(T, K)``.
 
         Returns:
             ``(T, D)``.
         """
         base, parts = self.base, self.parts
-        products = [base.get_submodule(name)(x) for name in parts.ups]         # W1 x, once
+        products = {name: base.get_submodule(name)(x) for name in parts.ups}   # W1 x, once
+        reduced = {name: self.reduce(name, x) for name in parts.ups}           # A x, of all experts
         mixed, change = None, None
-        for index, (token, weight) in enumerate(zip(tokens, weights, strict=True)):
-            ups = [product.index_select(0, token) for product in products]
-            if index:
-                group = x.index_select(0, token)
-                ups = [
-                    up + self._change(name, index, group)
-                    for name, up in zip(parts.ups, ups, strict=True)
-                ]
-            hidden = parts.hidden(base, ups)                                    # (T_e, H)
+        for slot in range(chosen.shape[1]):
+            picked = self.pick(chosen[:, slot])                                # (T, E - 1)
+            weight = weights[:, slot : slot + 1]
+            ups = [products[n] + self.expand(n, reduced[n], picked) for n in parts.ups]
+            hidden = parts.hidden(base, ups)                                   # (T, H)
             hidden = hidden * weight.to(hidden.dtype)
-            if mixed is None:
-                mixed = hidden.new_zeros(x.shape[0], hidden.shape[-1])
-            mixed = mixed.index_add(0, token, hidden)
-            if index:
-                down = self._change(parts.down, index, hidden, weight)
-                if change is None:
-                    change = down.new_zeros(x.shape[0], down.shape[-1])
-                change = change.index_add(0, token, down)
-        assert mixed is not None
-        output = base.get_submodule(parts.down)(mixed)                         # W2 sum_e w_e h_e
-        if change is not None:
-            output = output + change
+            down = self.reduce(parts.down, hidden)
+            # The weight is in `hidden` already; the bias needs it.
+            down = self.expand(parts.down, down, picked, picked * weight)
+            mixed = hidden if mixed is None else mixed + hidden
+            change = down if change is None else change + down
+        assert mixed is not None and change is not None
+        output = base.get_submodule(parts.down)(mixed) + change                # W2 sum_e w_e h_e
         return parts.finish(base, output)
 
-    def _change(self, name: str, index: int, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def pick(self, chosen: Tensor) -> Tensor:
+        """``(T,)`` numbers of experts -> ``(T, E - 1)``: one where the expert is that one."""
+        others = torch.arange(1, len(self), device=chosen.device)
+        return (chosen.unsqueeze(1) == others).float()
+
+    def reduce(self, name: str, x: Tensor) -> Tensor:
+        """``A x`` of all experts: ``(T, in) -> (T, (E - 1) R)``."""
+        return nn.functional.linear(x, _delta(self.deltas, name).a.flatten(0, 1))
+
+    def expand(
+        self, name: str, reduced: Tensor, picked: Tensor, bias_weight: Tensor | None = None
+    ) -> Tensor:
+        """``B A x`` and bias of the expert that each token has chosen.
+
+        Args:
+            name: of the linear layer.
+            reduced: ``(T, (E - 1) R)``.
+            picked: ``(T, E - 1)``.
+            bias_weight: ``(T, E - 1)``; ``picked`` by default.
+
+        Returns:
+            ``(T, out)``.
+        """
         delta = _delta(self.deltas, name)
-        y = nn.functional.linear(
-            nn.functional.linear(x, delta.a[index - 1]), delta.b[index - 1]
-        )
+        picked = picked.to(reduced.dtype)
+        kept = (reduced.unflatten(1, (-1, self.rank)) * picked.unsqueeze(2)).flatten(1)
+        y = nn.functional.linear(kept, delta.b.transpose(0, 1).flatten(1))
         if delta.bias is None:
             return y
-        bias = delta.bias[index - 1]
-        return y + (bias if weight is None else weight * bias).to(y.dtype)
+        bias_weight = picked if bias_weight is None else bias_weight.to(reduced.dtype)
+        return y + nn.functional.linear(bias_weight, delta.bias.t())
+
+    def reduction(self, name: str, x: Tensor, expert: int | None = None) -> Tensor:
+        """``A x`` with a one behind it for the bias: ``(T, in) -> (T, E - 1, R + 1)``.
+
+        Args:
+            name: of the linear layer.
+            x: ``(T, in)``.
+            expert: of this one alone, ``(T, 1, R + 1)``.
+        """
+        delta = _delta(self.deltas, name)
+        a = delta.a if expert is None else delta.a[expert - 1 : expert]
+        reduced = nn.functional.linear(x, a.flatten(0, 1)).unflatten(1, a.shape[:2])
+        return reduced if delta.bias is None else nn.functional.pad(reduced, (0, 1), value=1.0)
+
+    def expansion(self, name: str) -> Tensor:
+        """What :meth:`reduction` is multiplied with: ``(E - 1, out, R + 1)``."""
+        delta = _delta(self.deltas, name)
+        return delta.b if delta.bias is None else torch.cat([delta.b, delta.bias.unsqueeze(2)], 2)

@@ -56,11 +56,26 @@ def _insert_moe(tower: nn.Module, moe: dict[str, Any], name: str) -> None:
 
 class _CLIPMoEPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
     # open_clip's attention calls PyTorch's scaled_dot_product_attention, which picks the kernel:
     # whatever a surrounding model asks for is already served.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _gradient_checkpointing = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass; the switch that transformers
+        looks for, here and in a LLaVA around the tower."""
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self._gradient_checkpointing = enable
+        for tower in self.children():
+            if callable(switch := getattr(tower, "set_grad_checkpointing", None)):
+                switch(enable)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights keep open_clip's initialisation; this only mends what the meta device lost."""

@@ -3,6 +3,7 @@
 B batch, L tokens of a sequence, T tokens in all, D width, E experts, K top-k.
 """
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from vision_moe.dispatch import dispatch, run_expert
 from vision_moe.errors import InputError
+from vision_moe.feed_forward import FFNParts, split_ffn
 from vision_moe.low_rank import LowRankExperts
 
 
@@ -40,11 +42,14 @@ class MoEFeedForward(nn.Module):
         self.experts: nn.ModuleList | LowRankExperts = (
             experts if isinstance(experts, LowRankExperts) else nn.ModuleList(experts)
         )
+        self.parts = _parts(experts)
         self.router = nn.Linear(width, len(experts), bias=False)
         # nn.Linear's own distribution, drawn again so that a seed can be given. Features reach the
         # router normalised, so its logits start with a standard deviation of about 0.6.
         nn.init.uniform_(self.router.weight, -(width**-0.5), width**-0.5, generator=generator)
         self.fixed_mixture: tuple[float, ...] | None = None
+        #: Records of the router's logits: of which thread (``None``: any), under which name.
+        self.listeners: dict[Any, tuple[int | None, str]] = {}
 
     @property
     def num_experts(self) -> int:
@@ -77,10 +82,13 @@ class MoEFeedForward(nn.Module):
             ``(..., D)``, in the precision that an expert answers in.
         """
         logits = self._router_logits(x)                                    # (..., E)
+        for record, (thread, name) in list(self.listeners.items()):
+            if thread is None or thread == threading.get_ident():
+                record.router_logits[name] = logits
         tokens = x.reshape(-1, x.shape[-1])                                # (T, D)
         if self.fixed_mixture is None:
             weights, chosen = self.route(logits.reshape(-1, self.num_experts))
-            mixed = dispatch(self.experts, tokens, weights, chosen)
+            mixed = dispatch(self.experts, self.parts, tokens, weights, chosen)
         else:
             mixed = self._mix_fixed(tokens, self.fixed_mixture)
         return mixed.reshape(*x.shape[:-1], mixed.shape[-1])
@@ -124,6 +132,15 @@ class MoEFeedForward(nn.Module):
 
     def extra_repr(self) -> str:
         return f"width={self.width}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def _parts(experts: Sequence[nn.Module] | LowRankExperts) -> FFNParts | None:
+    if isinstance(experts, LowRankExperts):
+        return experts.parts
+    try:
+        return split_ffn(experts[0])
+    except InputError:                                     # then each expert runs as one module
+        return None
 
 
 def load_balancing_loss(router_logits: Iterable[Tensor], world_size: int = 1) -> Tensor:

@@ -5,9 +5,8 @@ B batch, L tokens of a sequence, E experts.
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoEFeedForward]:
     }
 
 
-@dataclass
+@dataclass(eq=False)
 class RoutingRecord:
     """What the routers said in the latest forward pass.
 
@@ -51,20 +50,17 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     not mix.
     """
     record = RoutingRecord()
-    thread = threading.get_ident()
-
-    def hook_for(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            if threading.get_ident() == thread:
-                record.router_logits[name] = output
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, layer in moe_layers(model).items():
-            record.top_k[name] = layer.top_k
-            stack.callback(layer.router.register_forward_hook(hook_for(name)).remove)
+    # A compiled forward pass is one thread's, and the tracer knows no threads.
+    thread = None if torch.compiler.is_compiling() else threading.get_ident()
+    layers = moe_layers(model)
+    for name, layer in layers.items():
+        record.top_k[name] = layer.top_k
+        layer.listeners[record] = (thread, name)
+    try:
         yield record
+    finally:
+        for layer in layers.values():
+            del layer.listeners[record]
 
 
 @contextmanager
