@@ -67,11 +67,20 @@ def upcycle(recipe: str, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def train(recipe: str, overrides: tuple[str, ...]) -> None:
+@click.option("--show-batch", type=click.IntRange(1), metavar="N",
+              help="Print N samples, what is learnt in color, and train nothing.")  # fmt: skip
+def train(recipe: str, overrides: tuple[str, ...], show_batch: int | None) -> None:
     """Run a training recipe: pretraining, instruction tuning, contrastive training.
 
     RECIPE is the name of a shipped recipe, or a YAML file.
     """
+    if show_batch is not None:
+        from train.config import load_recipe
+        from train.show_batch import show_batch as lines_of
+
+        for line in lines_of(load_recipe(recipe, overrides), show_batch):
+            click.echo(line)
+        return
     _run_recipe(recipe, overrides, upcycles=False)
 
 

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from mllm.cache import cache_dir
+from mllm.chat_template import CHAT_TEMPLATES, set_chat_template
 from vision_moe import InputError, atomic_directory, no_library_progress_bars, sha256_file
 
 EMBEDDED_LLM = "smollm2-135m-instruct"
@@ -47,16 +48,20 @@ _GGUF_BYTES = 98_362_432
 
 
 def load_llm(
-    name_or_path: str = EMBEDDED_LLM, dtype: torch.dtype = torch.float32
+    name_or_path: str = EMBEDDED_LLM,
+    dtype: torch.dtype = torch.float32,
+    chat_template: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM and its tokenizer, which must know a chat template.
 
     Args:
         name_or_path: :data:`EMBEDDED_LLM`, a local folder, or a name on the model hub.
         dtype: Type of the weights.
+        chat_template: A name in :data:`mllm.chat_template.CHAT_TEMPLATES`: that format instead of
+            the tokenizer's own.
 
     Raises:
-        InputError: The model cannot be had, or has no chat template.
+        InputError: The model cannot be had, or has no chat template and is given none.
     """
     source = embedded_llm_folder() if name_or_path == EMBEDDED_LLM else Path(name_or_path)
     try:
@@ -67,10 +72,13 @@ def load_llm(
         raise InputError(
             f"language model '{name_or_path}': cannot be loaded ({_first_line(error)})"
         ) from error
+    if chat_template is not None:
+        set_chat_template(tokenizer, chat_template)
     if not tokenizer.chat_template:
         raise InputError(
             f"language model '{name_or_path}': its tokenizer has no chat template;"
-            " an instruction-tuned model is needed"
+            " an instruction-tuned model is needed, or one of the templates"
+            f" {', '.join(CHAT_TEMPLATES)} by name"
         )
     return model, tokenizer
 

@@ -49,6 +49,7 @@ class ChatPrompts:
     def __init__(self, processor: LlavaProcessor, num_image_tokens: int) -> None:
         self._processor = processor
         self._header = lru_cache(maxsize=256)(self._header_ids)
+        self._header_text = lru_cache(maxsize=4)(self._render_header)
         self._tokenizer = processor.tokenizer
         self.image_token_id: int = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         control_tokens = [
@@ -86,9 +87,8 @@ class ChatPrompts:
         self._end_of_turn = end.group()
 
         self._bos = _bos_outside(self._tokenizer, prompt)
-        without_image = self._render([_user(_QUESTION)]).partition(_QUESTION)[0]
-        # A text-only question takes the white space before it along: text merges with it at most.
-        self._before_text = without_image[len(without_image.rstrip()) :]
+        self._text_header = self._header_text(None, with_image=False).rstrip()
+        self._text_header_ids = self._ids(self._text_header)
 
         self._before_image = self._bos + self._ids(before_image)
         self.prefix_ids: list[int] = self._before_image + [self.image_token_id] * num_image_tokens
@@ -117,19 +117,27 @@ class ChatPrompts:
         pictures = [self.image_token_id, *(between + [self.image_token_id]) * (num_images - 1)]
         return before + pictures
 
-    def question_ids(self, question: Question, after_image: bool = True) -> list[int]:
+    def question_ids(
+        self, question: Question, after_image: bool = True, system: str | None = None
+    ) -> list[int]:
         """What follows the opening: the question and the header of the answer.
 
         Args:
             question: Its text; texts with a picture between each two.
             after_image: The opening ends with a picture.
+            system: The opening's system message.
         """
-        anchor, before = (
-            (IMAGE_TOKEN, self._before_question)
-            if after_image
-            else (self._end_of_turn, self._before_text)
-        )
-        return self._asked(anchor, before, question, self._after_question)
+        if after_image:
+            return self._asked(IMAGE_TOKEN, self._before_question, question, self._after_question)
+        # A question right after the header takes the white space between them along: that is the
+        # most that text merges with.
+        header = self._header_text(None if system is None else _SYSTEM, with_image=False)
+        space = header[len(header.rstrip()) :]
+        before = self._text_header_ids
+        whole = self._asked("", self._text_header + space, question, self._after_question)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        return self._asked(self._end_of_turn, space, question, self._after_question)
 
     def answer_ids(self, answer: str) -> list[int]:
         """An answer with its end-of-turn token, as it follows the answer's header."""
@@ -155,14 +163,7 @@ class ChatPrompts:
 
     def _header_ids(self, system: str | None, with_image: bool) -> list[int]:
         """What stands before the first question or its picture, tokenised."""
-        messages = [_user(_QUESTION, with_image)]
-        if system is not None:
-            messages = [{"role": "system", "content": _SYSTEM}, *messages]
-        try:
-            rendered = self._render(messages)
-        except TemplateError as error:
-            raise InputError(f"the chat template takes no system message ({error})") from error
-        header = rendered.partition(IMAGE_TOKEN if with_image else _QUESTION)[0]
+        header = self._header_text(None if system is None else _SYSTEM, with_image)
         if not with_image:
             header = header.rstrip()
         if system is None:
@@ -171,6 +172,16 @@ class ChatPrompts:
         if not found:
             raise InputError("the chat template does not show a system message")
         return self._typed("", before, clean_text(system), after)
+
+    def _render_header(self, system: str | None, with_image: bool) -> str:
+        messages = [_user(_QUESTION, with_image)]
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        try:
+            rendered = self._render(messages)
+        except TemplateError as error:
+            raise InputError(f"the chat template takes no system message ({error})") from error
+        return rendered.partition(IMAGE_TOKEN if with_image else _QUESTION)[0]
 
     def _asked(self, anchor: str, before: str, question: Question, after: str) -> list[int]:
         """Ids of a question with its pictures' placeholders."""

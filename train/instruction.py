@@ -21,6 +21,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from mllm.chat_template import multimodal_chat_template, set_chat_template
 from mllm.llm import EMBEDDED_LLM, load_llm
 from mllm.model import build_llava, load_mllm, replace_vision_tower, save_mllm
 from mllm.prompts import ChatPrompts
@@ -158,11 +159,15 @@ def load_model(
         model, processor = load_mllm(recipe.init_from)
         if recipe.tower is not None:
             replace_vision_tower(model, recipe.tower, processor)
+        if recipe.chat_template is not None:
+            set_chat_template(processor.tokenizer, recipe.chat_template, may_grow=False)
+            processor.chat_template = multimodal_chat_template(processor.tokenizer.chat_template)
     else:
         assert recipe.tower is not None
         if not Path(recipe.tower).is_dir():
             raise InputError(f"{recipe.tower}: there is no such folder with a vision tower")
-        llm, tokenizer = load_llm(EMBEDDED_LLM if recipe.llm == "embedded" else recipe.llm)
+        llm_name = EMBEDDED_LLM if recipe.llm == "embedded" else recipe.llm
+        llm, tokenizer = load_llm(llm_name, chat_template=recipe.chat_template)
         with no_library_progress_bars():
             tower = CLIPMoEVisionModel.from_pretrained(recipe.tower)
         model, processor = build_llava(

@@ -109,7 +109,7 @@ def chat_row(sample: InstructionSample, prompts: ChatPrompts, limits: RowLimits)
         if sample.is_dialogue and number > 0:
             branches[0] += [(prompts.follow_up_ids(question), False), answer_part]
         else:
-            asked = prompts.question_ids(question, after_image=num_leading > 0)
+            asked = prompts.question_ids(question, num_leading > 0, sample.system)
             branches.append([(asked, False), answer_part])
     prefix = prompts.opening_ids(num_leading, sample.system)
     return _row(sample.image_keys, prefix, branches, limits)

@@ -250,6 +250,8 @@ class InstructionRecipe(Recipe):
 
     template: Literal["chat", "plain"] = "chat"
     """``plain`` (LLaVA pretraining): picture, then answer; questions are discarded."""
+    chat_template: Literal["v1", "llama2", "llama3", "chatml"] | None = None
+    """A published format instead of the language model's own; ``v1`` is Vicuna's."""
     max_length: Positive | None = None
     """Most tokens of one conversation, pictures included; the language model's context at most."""
     data: Annotated[list[InstructionSource], MinLen(1)]
