@@ -126,6 +126,7 @@ def _train(
     log = {
         "seconds": round(time.monotonic() - started, 3),
         "steps": plan.steps,
+        "num_processes": processes().num_processes,
         "num_samples": len(rows),
         "skipped": data.skipped.faults,
         "num_tokens": sum(len(rows[row]) for batch in plan.batches for row in batch),

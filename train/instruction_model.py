@@ -82,7 +82,7 @@ class InstructionModel(nn.Module):
                 use_cache=False,
                 **self.router_losses.llm_arguments,
             )
-        has_pictures = len(image_features) > 0
+        has_pictures = len(image_features) > 0 and labels.numel() > 0
         auxiliary = self.router_losses(watched, output, branch_ids != PADDING, has_pictures)
         predicting = output.last_hidden_state.flatten(0, 1)[label_positions]      # (M, D)
         chunks = zip(predicting.split(_LOGITS_CHUNK), labels.split(_LOGITS_CHUNK), strict=True)
