@@ -35,14 +35,16 @@ OVERRIDES = [
 
 def launch(*arguments: str, number: int = 2) -> subprocess.CompletedProcess[str]:
     """``mllm`` in several processes; the folders are named by the arguments alone."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
-    command += [str(number), "--num_machines", "1", "--mixed_precision", "no"]
+    # With --cpu the launcher starts one process, whatever it is told.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", str(number), "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "mllm"]
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
+        "ACCELERATE_USE_CPU": "true",
     }
     return subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=280
