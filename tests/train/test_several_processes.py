@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm.model import load_mllm
 import train
+from mllm.model import load_mllm
 from train import run_recipe
 from train.config import save_resolved
 from train.instruction import load_model
