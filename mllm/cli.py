@@ -135,6 +135,39 @@ def export(checkpoint: str, out: Path) -> None:
     click.echo(write(checkpoint, out))
 
 
+@cli.group()
+def convert() -> None:
+    """Turn a checkpoint into a CLIP-MoE folder."""
+
+
+@convert.command("clip-moe")
+@click.argument("source", metavar="SRC.pt", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--top-k", type=int, default=2, show_default=True,
+              help="Experts for each token; the file does not say.")  # fmt: skip
+def convert_clip_moe(source: Path, out: Path, top_k: int) -> None:
+    """A published CLIP-MoE checkpoint, whose one file is a dictionary of tensors."""
+    import vision_moe
+
+    model = vision_moe.convert_clip_moe(source, out, top_k)
+    click.echo(f"{model.num_parameters():,} parameters written to {out}")
+
+
+@convert.command("low-rank")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--energy", type=float, default=0.9, show_default=True,
+              help="Share of the squared singular values that is kept.")  # fmt: skip
+@click.option("--rank", type=int, help="One rank for all blocks instead.")
+def convert_low_rank(folder: Path, out: Path, energy: float, rank: int | None) -> None:
+    """A CLIP-MoE FOLDER of full experts to one of low-rank experts; prints what is lost."""
+    import vision_moe
+
+    errors = vision_moe.convert_low_rank(folder, out, energy, rank)
+    click.echo(vision_moe.error_table(errors))
+    click.echo(f"written to {out}", err=True)
+
+
 @cli.command("eval")
 @click.argument("checkpoint")
 @click.option("--task", required=True, help="Name of the task, such as easy_vqa or scenes.")

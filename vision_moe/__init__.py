@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModel
 from vision_moe.checkpoint import load, save
 from vision_moe.clustering import accumulate_labels, num_occupied_clusters, stage_labels
 from vision_moe.configuration import OPENAI_PREPROCESS, CLIPMoEConfig, CLIPMoEVisionConfig
+from vision_moe.convert import convert_clip_moe
+from vision_moe.convert_low_rank import BlockError, convert_low_rank, error_table, to_low_rank
 from vision_moe.errors import InputError
 from vision_moe.feature_shards import FeatureShards
 from vision_moe.files import (
@@ -54,6 +56,7 @@ AutoModel.register(CLIPMoEVisionConfig, CLIPMoEVisionModel)
 
 __all__ = [
     "OPENAI_PREPROCESS",
+    "BlockError",
     "CLIPMoEConfig",
     "CLIPMoEModel",
     "CLIPMoEOutput",
@@ -73,7 +76,10 @@ __all__ = [
     "atomic_write_bytes",
     "atomic_write_text",
     "contrastive_loss",
+    "convert_clip_moe",
+    "convert_low_rank",
     "encode_pairs",
+    "error_table",
     "ffn_state_dict",
     "find_ffns",
     "fixed_mixture",
@@ -91,6 +97,7 @@ __all__ = [
     "save",
     "sha256_file",
     "stage_labels",
+    "to_low_rank",
     "to_rgb",
     "uniform_routing",
     "upcycle",
