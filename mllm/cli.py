@@ -169,8 +169,9 @@ def convert_low_rank(folder: Path, out: Path, energy: float, rank: int | None) -
 
 
 @cli.command("eval")
-@click.argument("checkpoint")
-@click.option("--task", required=True, help="Name of the task, such as easy_vqa or scenes.")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.option("--task", required=True, help="Name of the task, such as easy_vqa or scenes;"
+              " of CLIPs: retrieval or zero_shot.")  # fmt: skip
 @click.option("--data", help="Data of the task, where it has none of its own.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of scores.json and"
               " predictions.jsonl.  [default: eval/CHECKPOINT-TASK]")  # fmt: skip
@@ -179,8 +180,13 @@ def convert_low_rank(folder: Path, out: Path, energy: float, rank: int | None) -
 @click.option("--blank-images", is_flag=True, help="Show grey instead of each picture.")
 @click.option("--batch-size", type=int, default=64, show_default=True)
 @click.option("--bf16", is_flag=True, help="Autocast to bfloat16.")
+@click.option("--images", help="retrieval: where the pictures' paths start.")
+@click.option("--split", help="retrieval: 'all', or one of the file's.  [default: test]")
+@click.option("--templates", type=click.Choice(["openai", "simple"]), default="openai",
+              show_default=True, help="zero_shot.")  # fmt: skip
+@click.option("--class-names", help="zero_shot: JSON {folder name: class name}.")
 def evaluate(
-    checkpoint: str,
+    checkpoints: tuple[str, ...],
     task: str,
     data: str | None,
     out: Path | None,
@@ -189,8 +195,33 @@ def evaluate(
     blank_images: bool,
     batch_size: int,
     bf16: bool,
+    images: str | None,
+    split: str | None,
+    templates: str,
+    class_names: str | None,
 ) -> None:
-    """Ask CHECKPOINT the questions of a task and score its answers."""
+    """Ask CHECKPOINT the questions of a task and score its answers.
+
+    The tasks retrieval and zero_shot take CLIP folders, and several of them side by side.
+    """
+    if task in ("retrieval", "zero_shot"):
+        from mllm.clip_evaluation import CLIPEvaluationConfig, comparison_table, evaluate_clips
+        from vision_moe import InputError
+
+        if data is None:
+            raise InputError(f"the task '{task}' needs --data")
+        if out is None:
+            names = "-".join(Path(one).resolve().name for one in checkpoints)
+            out = Path("eval") / f"{names}-{task}"
+        choice = CLIPEvaluationConfig(
+            data, images, split, templates, class_names, batch_size, bf16
+        )
+        click.echo(comparison_table(evaluate_clips(checkpoints, task, choice, out)))
+        click.echo(f"written to {out}", err=True)
+        return
+    if len(checkpoints) > 1:
+        raise click.UsageError(f"the task '{task}' takes one checkpoint")
+    (checkpoint,) = checkpoints
     from mllm.evaluate import EvaluationConfig, evaluate_checkpoint, scores_table
 
     if out is None:

@@ -251,6 +251,7 @@ def _make(recipe: ContrastiveRecipe, stage: Stage, folder: Path) -> None:
     write_log(
         folder,
         training=asdict(training),
+        num_processes=processes().num_processes,
         num_pairs=len(pairs),
         skipped_pairs=pairs.skipped,
         history=history,

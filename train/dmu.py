@@ -146,6 +146,7 @@ def _train_stage(
     write_log(
         folder,
         training=asdict(recipe.stage),
+        num_processes=processes().num_processes,
         num_clusters=num_occupied_clusters(labels),
         skipped_pairs=pairs.skipped,
         seconds={**seconds, "training": time.monotonic() - started},
@@ -237,6 +238,7 @@ def _assemble(
     write_log(
         folder,
         training=asdict(training),
+        num_processes=processes().num_processes,
         num_pairs=len(pairs),
         seconds_of_stages=seconds_of_stages,
         router_change={name: _relative_change(start[name], w) for name, w in routers.items()},

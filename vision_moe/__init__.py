@@ -5,11 +5,13 @@ Importing the package registers its classes with transformers' Auto* classes.
 
 from transformers import AutoConfig, AutoModel
 
+from vision_moe.caption_sets import CaptionSet, read_caption_set
 from vision_moe.checkpoint import load, save
 from vision_moe.clustering import accumulate_labels, num_occupied_clusters, stage_labels
 from vision_moe.configuration import OPENAI_PREPROCESS, CLIPMoEConfig, CLIPMoEVisionConfig
 from vision_moe.convert import convert_clip_moe
 from vision_moe.convert_low_rank import BlockError, convert_low_rank, error_table, to_low_rank
+from vision_moe.encoding import ImageFeatures, encode_images, encode_texts
 from vision_moe.errors import InputError
 from vision_moe.feature_shards import FeatureShards
 from vision_moe.files import (
@@ -30,7 +32,12 @@ from vision_moe.modeling import (
 from vision_moe.moe import MoEFeedForward, load_balancing_loss
 from vision_moe.preprocessing import open_image, to_rgb
 from vision_moe.quiet import no_library_progress_bars
-from vision_moe.retrieval import encode_pairs, retrieval_recall
+from vision_moe.retrieval import (
+    RetrievalRanks,
+    encode_pairs,
+    retrieval_ranks,
+    retrieval_recall,
+)
 from vision_moe.routing import (
     RoutingRecord,
     fixed_mixture,
@@ -48,6 +55,13 @@ from vision_moe.surgery import (
     load_ffn_state_dict,
     upcycle,
 )
+from vision_moe.zero_shot import (
+    ClassFolder,
+    class_features,
+    read_class_folder,
+    zero_shot_metrics,
+    zero_shot_ranks,
+)
 
 AutoConfig.register(CLIPMoEConfig.model_type, CLIPMoEConfig)
 AutoConfig.register(CLIPMoEVisionConfig.model_type, CLIPMoEVisionConfig)
@@ -63,22 +77,29 @@ __all__ = [
     "CLIPMoEVisionConfig",
     "CLIPMoEVisionModel",
     "CLIPMoEVisionOutput",
+    "CaptionSet",
+    "ClassFolder",
     "ClusterBatchSampler",
     "FFNSite",
     "FeatureShards",
+    "ImageFeatures",
     "InputError",
     "LowRankExperts",
     "LowRankFFN",
     "MoEFeedForward",
+    "RetrievalRanks",
     "RoutingRecord",
     "accumulate_labels",
     "atomic_directory",
     "atomic_write_bytes",
     "atomic_write_text",
+    "class_features",
     "contrastive_loss",
     "convert_clip_moe",
     "convert_low_rank",
+    "encode_images",
     "encode_pairs",
+    "encode_texts",
     "error_table",
     "ffn_state_dict",
     "find_ffns",
@@ -92,7 +113,10 @@ __all__ = [
     "no_library_progress_bars",
     "num_occupied_clusters",
     "open_image",
+    "read_caption_set",
+    "read_class_folder",
     "record_routing",
+    "retrieval_ranks",
     "retrieval_recall",
     "save",
     "sha256_file",
@@ -102,4 +126,6 @@ __all__ = [
     "uniform_routing",
     "upcycle",
     "writable_folder",
+    "zero_shot_metrics",
+    "zero_shot_ranks",
 ]

@@ -4,6 +4,7 @@ I images, T texts, P dimensions of the common space.
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -13,6 +14,24 @@ from tqdm.auto import tqdm
 
 from vision_moe.modeling import CLIPMoEModel
 
+_MAX_SIMILARITIES = 1 << 24
+
+
+@dataclass(frozen=True)
+class RetrievalRanks:
+    """How many wrong candidates come before the right one: ``i2t`` ``(I,)``, ``t2i`` ``(T,)``."""
+
+    i2t: Tensor
+    t2i: Tensor
+
+    def recall(self, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+        """``i2t_r{k}``: the share, 0 to 1, of images with one of their texts among the first k;
+        ``t2i_r{k}``: the share of texts with their image among the first k."""
+        ranks = {"i2t": self.i2t, "t2i": self.t2i}
+        return {
+            f"{d}_r{k}": (rank < k).float().mean().item() for d, rank in ranks.items() for k in ks
+        }
+
 
 def retrieval_recall(
     image_features: Tensor,
@@ -20,7 +39,14 @@ def retrieval_recall(
     ks: Sequence[int] = (1, 5, 10),
     image_of_text: Tensor | None = None,
 ) -> dict[str, float]:
-    """Recall at k from the cosine of features.
+    """Recall at k from the cosine of features: :func:`retrieval_ranks`, counted."""
+    return retrieval_ranks(image_features, text_features, image_of_text).recall(ks)
+
+
+def retrieval_ranks(
+    image_features: Tensor, text_features: Tensor, image_of_text: Tensor | None = None
+) -> RetrievalRanks:
+    """Rank all candidates of every query by the cosine of features.
 
     A wrong candidate that ties with the right one counts as ahead of it, so that a model whose
     features have collapsed scores 0 and not 1.
@@ -28,13 +54,8 @@ def retrieval_recall(
     Args:
         image_features: ``(I, P)``, normalised or not.
         text_features: ``(T, P)``.
-        ks: the k.
         image_of_text: ``(T,)`` which image each text describes, every image having at least one
             text; by default text i describes image i.
-
-    Returns:
-        ``i2t_r{k}``: the share, 0 to 1, of images with one of their texts among the first k;
-        ``t2i_r{k}``: the share of texts with their image among the first k.
     """
     images = torch.nn.functional.normalize(image_features.float(), dim=-1)
     texts = torch.nn.functional.normalize(text_features.float(), dim=-1)
@@ -46,18 +67,19 @@ def retrieval_recall(
     if missing := set(range(len(images))) - set(image_of_text.tolist()):
         raise ValueError(f"image {min(missing)} has no text")
     i2t_ranks, t2i_ranks = [], []
-    for start in range(0, len(images), 1024):                # (1024, T) at a time: bounded memory
-        similarity = images[start : start + 1024] @ texts.T
+    rows = max(1, _MAX_SIMILARITIES // len(texts))                # bounded memory
+    for start in range(0, len(images), rows):
+        similarity = images[start : start + rows] @ texts.T
         numbers = torch.arange(start, start + len(similarity), device=images.device)
         own = numbers[:, None] == image_of_text[None, :]
         best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
         i2t_ranks.append(((similarity >= best) & ~own).sum(1))
-    for start in range(0, len(texts), 1024):
-        similarity = texts[start : start + 1024] @ images.T
-        own_image = image_of_text[start : start + 1024, None]
+    rows = max(1, _MAX_SIMILARITIES // len(images))
+    for start in range(0, len(texts), rows):
+        similarity = texts[start : start + rows] @ images.T
+        own_image = image_of_text[start : start + rows, None]
         t2i_ranks.append((similarity >= similarity.gather(1, own_image)).sum(1) - 1)
-    ranks = {"i2t": torch.cat(i2t_ranks), "t2i": torch.cat(t2i_ranks)}
-    return {f"{d}_r{k}": (rank < k).float().mean().item() for d, rank in ranks.items() for k in ks}
+    return RetrievalRanks(torch.cat(i2t_ranks), torch.cat(t2i_ranks))
 
 
 @torch.inference_mode()

@@ -65,6 +65,11 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return one, two
 
 
+def test_two_processes_have_run(both: tuple[Path, Path]) -> None:
+    assert [log(out)["num_processes"] for out in both] == [1, 2]
+    assert [log(stage(out, 2))["num_processes"] for out in both] == [1, 2]
+
+
 def stage(out: Path, number: int) -> Path:
     return Path(f"{out}.stages") / f"stage_{number}"
 
@@ -86,12 +91,14 @@ def test_two_processes_have_the_losses_and_gradients_of_one(both: tuple[Path, Pa
         assert [entry["step"] for entry in one] == [entry["step"] for entry in two] == [1, 2, 3, 4]
         for key in ("loss", "grad_norm"):
             values = [entry[key] for entry in one]
-            assert [entry[key] for entry in two] == pytest.approx(values, rel=1e-4), key
+            # Worst errors measured: 1.0e-6 of a loss, 3.2e-6 of a gradient's norm.
+            assert [entry[key] for entry in two] == pytest.approx(values, rel=2e-5), key
 
 
 def test_two_processes_make_the_weights_of_one(both: tuple[Path, Path]) -> None:
     one, two = (vision_moe.load(out).state_dict() for out in both)
     for name, weight in one.items():
+        # Worst error measured: 2.5e-6, after steps of 1e-3.
         torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-5, msg=name)
 
 
