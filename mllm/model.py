@@ -220,7 +220,7 @@ def replace_vision_tower(
     Raises:
         InputError: The new tower's features do not fit the connector.
     """
-    tower = _load_tower(folder)
+    tower = load_vision_tower(folder)
     old = model.model.vision_tower
     connector_width = model.model.multi_modal_projector.linear_1.in_features
     layers = model.config.vision_feature_layer
@@ -244,7 +244,12 @@ def replace_vision_tower(
     return model
 
 
-def _load_tower(folder: str | Path) -> PreTrainedModel:
+def load_vision_tower(folder: str | Path) -> PreTrainedModel:
+    """A vision tower from a CLIP-MoE folder (dense or MoE), or any folder or hub name of one.
+
+    Raises:
+        InputError: There is none.
+    """
     try:
         config = AutoConfig.from_pretrained(folder)
         with no_library_progress_bars():

@@ -223,8 +223,8 @@ class Fitted:
         history: The log: ``step``, ``loss`` (mean since the last entry), ``learning_rate``,
             ``grad_norm``, ``tokens_per_second``, and the routers' losses and loads where some take
             part.
-        gathered: Of a model that is sharded over processes, the weights that a checkpoint holds (on
-            the main process); else the model holds them itself.
+        gathered: The weights that a checkpoint holds, where asked for, and of a model that is
+            sharded over processes (on the main one); else the model holds them itself.
     """
 
     history: list[dict[str, float]]
@@ -240,6 +240,7 @@ def fit(
     settings: RunSettings,
     content: Content | None = None,
     num_skipped: Callable[[], int] = lambda: 0,
+    gather: bool = False,
 ) -> Fitted:
     """Train ``model`` for ``steps`` optimiser steps, in place.
 
@@ -254,6 +255,7 @@ def fit(
         settings: All else.
         content: What checkpoints hold of the model; what trains by default.
         num_skipped: How many samples have been left out so far, for the progress line.
+        gather: Give what a checkpoint holds back apart from the model, also where that has it.
     """
     check_tracker(settings.log_to)
     content = content or checkpoints.TrainedWeights(model)
@@ -303,13 +305,10 @@ def fit(
     with _quiet_libraries(), closing(progress):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if trainer.accelerator.distributed_type not in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-    ):
-        return Fitted(history, None)
-    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return Fitted(history, trainer.kept_state(whole) if whole else {})
+    if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        return Fitted(history, trainer.kept_state(whole) if whole else {})
+    return Fitted(history, trainer.kept_state() if gather else None)
 
 
 def _prepare(settings: RunSettings, saves: bool) -> Path | None:

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from mllm.model import load_mllm, save_mllm
-from train.checkpoints import checkpoints_in, fault_of, newest_whole, put_weights
+from train.checkpoints import checkpoints_in, fault_of, newest_whole
 from train.config import load_recipe, save_resolved
-from train.instruction import load_model
-from train.mllm_checkpoint import RECIPE_FILE, MLLMContent
-from train.parts import set_trainable
+from train.mllm_checkpoint import RECIPE_FILE, read_state
 from train.recipe import InstructionRecipe
+from train.starting_model import finished_model
 from vision_moe import InputError
 
 
@@ -31,12 +30,9 @@ def export(source: str | Path, out: str | Path) -> Path:
     recipe = load_recipe(checkpoint / RECIPE_FILE)
     if not isinstance(recipe, InstructionRecipe):
         raise InputError(f"{checkpoint}: a checkpoint of a run that trains no MLLM")
-    model, processor = load_model(recipe)
-    parts = set_trainable(model, recipe.trainable, recipe.seed)
-    content = MLLMContent(model, parts, recipe, prefix="")
-    put_weights(model, content.read(checkpoint), str(checkpoint))
-    parts.merge()
-    save_mllm(model.eval(), processor, out)
+    state = read_state(checkpoint, list(recipe.trainable.adapted_parts))
+    model, processor = finished_model(recipe, state, str(checkpoint))
+    save_mllm(model, processor, out)
     save_resolved(recipe, Path(out) / RECIPE_FILE)
     return Path(out)
 

@@ -3,6 +3,7 @@
 The result is a plain LLaVA checkpoint: adapters are merged into the weights that they adapt.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,18 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoImageProcessor,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm.chat_template import multimodal_chat_template, set_chat_template
-from mllm.llm import EMBEDDED_LLM, load_llm
-from mllm.model import build_llava, load_mllm, replace_vision_tower, save_mllm
+from mllm.model import save_mllm
 from mllm.prompts import ChatPrompts
 from train import stages
-from train.checkpoints import put_weights
 from train.config import recipe_dict, save_resolved
 from train.connector_start import start_connector
 from train.engine import Fitted, RunSettings, checkpoint_folder, fit
@@ -43,7 +37,7 @@ from train.instruction_rows import (
 )
 from train.instruction_sources import load_sources
 from train.mllm_checkpoint import RECIPE_FILE, MLLMContent
-from train.parts import TrainableParts, set_trainable
+from train.parts import TrainableParts
 from train.pictures import KeptFeatures, Pictures, PixelValues
 from train.precision import use_bf16
 from train.processes import processes
@@ -52,7 +46,8 @@ from train.router_losses import router_settings
 from train.schedule import learning_rate_schedule
 from train.sources.base import InstructionData, SkippedSamples
 from train.stages import Stage, StageResult
-from vision_moe import CLIPMoEVisionModel, InputError, no_library_progress_bars
+from train.starting_model import finished_model, load_model, set_parts
+from vision_moe import InputError
 
 # What a recipe says about the run rather than its result, and paths, whose content is an input.
 _NOT_CONFIGURATION = (
@@ -114,14 +109,13 @@ def _train(
     pictures = picture_inputs(recipe, model, processor, data)
     rows = build_rows(recipe, model, processor, data.samples)
     explained = _start_connector(recipe, model, processor, data)
-    parts = set_trainable(model, recipe.trainable, recipe.seed)
+    parts = set_parts(recipe, model)
     plan = plan_run(recipe, rows)
     fitted = _fit(recipe, stage, model, processor, parts, plan, rows, pictures, data.skipped)
-    if fitted.gathered is not None:  # the model's own weights are spread over the processes
-        model, processor = load_model(recipe)
-        parts = set_trainable(model, recipe.trainable, recipe.seed)
-        put_weights(InstructionModel(model), fitted.gathered, "the trained model")
-    parts.merge()
+    if fitted.gathered is None:
+        parts.merge()
+    else:
+        model, processor = finished_model(recipe, fitted.gathered, "the trained model")
     data.skipped.report()
     log = {
         "seconds": round(time.monotonic() - started, 3),
@@ -150,38 +144,6 @@ def _start_connector(
         data = load_sources(recipe.connector_start_data, recipe.seed)
     seen = tower_features(model, processor, data)
     return start_connector(model, processor.tokenizer, data.samples, seen, recipe.seed)
-
-
-def load_model(
-    recipe: InstructionRecipe,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The MLLM that training starts from: an earlier one, or a new connector between two models."""
-    if recipe.init_from is not None:
-        model, processor = load_mllm(recipe.init_from)
-        if recipe.tower is not None:
-            replace_vision_tower(model, recipe.tower, processor)
-        if recipe.chat_template is not None:
-            set_chat_template(processor.tokenizer, recipe.chat_template, may_grow=False)
-            processor.chat_template = multimodal_chat_template(processor.tokenizer.chat_template)
-    else:
-        assert recipe.tower is not None
-        if not Path(recipe.tower).is_dir():
-            raise InputError(f"{recipe.tower}: there is no such folder with a vision tower")
-        llm_name = EMBEDDED_LLM if recipe.llm == "embedded" else recipe.llm
-        llm, tokenizer = load_llm(llm_name, chat_template=recipe.chat_template)
-        with no_library_progress_bars():
-            tower = CLIPMoEVisionModel.from_pretrained(recipe.tower)
-        model, processor = build_llava(
-            llm,
-            tokenizer,
-            tower,
-            AutoImageProcessor.from_pretrained(recipe.tower),
-            vision_feature_layer=recipe.vision_feature_layer,
-            vision_feature_select_strategy=recipe.vision_feature_select_strategy,
-            seed=recipe.seed,
-        )
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-    return model, processor
 
 
 def picture_inputs(
@@ -307,7 +269,8 @@ def _fit(
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     warmup_steps = math.ceil(recipe.warmup_ratio * plan.steps)
-    return fit(
+    borrowed = recipe.llm_quantization != "none" and recipe.trainable.llm.mode == "frozen"
+    fitted = fit(
         InstructionModel(model, router_settings(recipe, model, parts)),
         BatchDataset(rows, plan.batches, pictures, processor.tokenizer.pad_token_id or 0),
         optimizer,
@@ -329,4 +292,9 @@ def _fit(
         ),
         MLLMContent(model, parts, recipe),
         num_skipped=lambda: len(skipped.faults),
+        gather=borrowed,
     )
+    if fitted.gathered is None:
+        return fitted
+    plain = {name.removeprefix("llava."): value for name, value in fitted.gathered.items()}
+    return dataclasses.replace(fitted, gathered=plain)

@@ -72,7 +72,8 @@ class InstructionModel(nn.Module):
             if image_features is None:
                 assert pixel_values is not None, "a batch without pictures"
                 image_features = self._tower_features(pixel_values)
-            projected = model.multi_modal_projector(image_features.to(embeddings.dtype))
+            connector = model.multi_modal_projector
+            projected = connector(image_features.to(next(connector.parameters()).dtype))
         embeddings = embeddings.masked_scatter(is_image, projected.to(embeddings.dtype))
         with attention_kernel(embeddings.device, embeddings.shape[1]):
             output = model.language_model(

@@ -7,7 +7,7 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -41,21 +41,17 @@ class MLLMContent:
         llava: A LLaVA model whose parts have been set.
         parts: Its parts.
         recipe: Of the run.
-        prefix: Of the LLaVA model's names inside the module that trains.
     """
 
+    prefix = "llava."  # of the model's names inside InstructionModel
+
     def __init__(
-        self,
-        llava: nn.Module,
-        parts: TrainableParts,
-        recipe: InstructionRecipe,
-        prefix: str = "llava.",
+        self, llava: nn.Module, parts: TrainableParts, recipe: InstructionRecipe
     ) -> None:
         self.parts = parts
         self.recipe = recipe
-        self.prefix = prefix
         self._names = [
-            f"{prefix}{name}"
+            f"{self.prefix}{name}"
             for name, parameter in llava.named_parameters()
             if parameter.requires_grad or name.startswith(_CONNECTOR)
         ]
@@ -78,15 +74,31 @@ class MLLMContent:
         save_resolved(self.recipe, folder / RECIPE_FILE)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        with reading(folder):
-            state: dict[str, Tensor] = load_file(folder / WEIGHTS)
-            for part in self.parts.adapters:
-                adapter = load_file(folder / _ADAPTERS / part / _ADAPTER_WEIGHTS)
-                state |= {_own_name(name, part): value for name, value in adapter.items()}
-        state = {f"{self.prefix}{name}": value for name, value in state.items()}
+        state = {
+            f"{self.prefix}{name}": value
+            for name, value in read_state(folder, list(self.parts.adapters)).items()
+        }
         if absent := sorted(set(self.names()) - state.keys()):
             raise InputError(f"{folder}: a checkpoint of another model (it lacks '{absent[0]}')")
         return state
+
+
+def read_state(folder: Path, adapted_parts: Sequence[str]) -> dict[str, Tensor]:
+    """What a checkpoint holds, by name in the LLaVA model.
+
+    Args:
+        folder: The checkpoint.
+        adapted_parts: Those that train by LoRA.
+
+    Raises:
+        InputError: A file is missing or damaged.
+    """
+    with reading(folder):
+        state: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        for part in adapted_parts:
+            adapter = load_file(folder / _ADAPTERS / part / _ADAPTER_WEIGHTS)
+            state |= {_own_name(name, part): value for name, value in adapter.items()}
+    return state
 
 
 def _is_of_adapter(name: str, part: str) -> bool:

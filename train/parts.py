@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from train.lora import inject_lora
+from train.quantize import merge_dequantized, num_elements
 from train.recipe import PartTraining, Trainable
 from vision_moe import InputError, moe_layers
 
@@ -46,6 +47,8 @@ class TrainableParts:
 
     def merge(self) -> None:
         """Add the adapters to the weights that they adapt; the model is then a plain one."""
+        if (llm := self.adapters.get("llm")) is not None:
+            merge_dequantized(llm.model, "llm")
         # Parts of the tower share one.
         for adapted in {id(one): one for one in self.adapters.values()}.values():
             adapted.merge_and_unload()
@@ -191,7 +194,7 @@ def _count(
     # A head that is tied to the embeddings is one parameter, and is named once.
     for name, parameter in model.named_parameters():
         part = _part_of_parameter(name, part_of)
-        counts[part]["total"] += parameter.numel()
+        counts[part]["total"] += num_elements(parameter)
         if parameter.requires_grad:
             counts[part]["trained"] += parameter.numel()
             parameters.setdefault(part, []).append(parameter)

@@ -228,6 +228,11 @@ class Trainable(Strict):
     def tower_trains(self) -> bool:
         return any(part.mode != "frozen" for part in (self.vision, self.router, self.experts))
 
+    @property
+    def adapted_parts(self) -> list[str]:
+        names = ("connector", "llm", "llm_router", "vision", "router", "experts")
+        return [name for name in names if getattr(self, name).mode == "lora"]
+
 
 @dataclass(kw_only=True)
 class InstructionRecipe(Recipe):
@@ -236,8 +241,14 @@ class InstructionRecipe(Recipe):
     kind: Literal["instruction"] = "instruction"
     llm: str = "embedded"
     """``embedded`` (SmolLM2-135M-Instruct), a folder, or a name on the model hub."""
+    llm_quantization: Literal["none", "nf4"] = "none"
+    """``nf4``: the language model's linear layers in four bits (QLoRA); tower, connector and head
+    stay as they are."""
+    frozen_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the weights that do not train; those that do are fp32."""
     tower: str | None = None
-    """CLIP-MoE folder; with ``init_from`` it replaces that model's tower."""
+    """CLIP-MoE folder, or any vision tower's folder or name on the model hub; with ``init_from`` it
+    replaces that model's tower."""
     init_from: str | None = None
     """An MLLM folder to go on from; ``llm`` and ``connector_start`` are then unused."""
     vision_feature_layer: int = -2
