@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 
 from vision_moe.configuration import CLIPMoEConfig, CLIPMoEVisionConfig
@@ -31,14 +32,25 @@ def load(folder: str | os.PathLike[str]) -> CLIPMoEModel:
     folder = Path(folder)
     config = _read_config(folder)
     try:
-        with torch.device("meta"):
-            expected = {k: tuple(v.shape) for k, v in CLIPMoEModel(config).state_dict().items()}
+        model = empty_model(config)
     except Exception as error:
         path = folder / "config.json"
         raise InputError(f"{path}: no model can be built from it ({error})") from error
-    _check_weights(folder, expected)
-    with no_library_progress_bars():
-        return CLIPMoEModel.from_pretrained(folder)
+    _check_weights(folder, {k: tuple(v.shape) for k, v in model.state_dict().items()})
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        # Copied out of the mapped file, where they lie unaligned: kernels would round differently
+        # from the model that was saved.
+        state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    model.load_state_dict(state, assign=True)
+    model.config.dtype = model.dtype
+    return model.eval()
+
+
+def empty_model(config: CLIPMoEConfig) -> CLIPMoEModel:
+    """A model whose weights are on the meta device, for ``load_state_dict(..., assign=True)``;
+    buffers that no checkpoint holds have their values."""
+    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+        return CLIPMoEModel(config)
 
 
 def save(model: CLIPMoEModel, folder: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_moe.checkpoint import save
+from vision_moe.checkpoint import empty_model, save
 from vision_moe.configuration import CLIPMoEConfig
 from vision_moe.errors import InputError
 from vision_moe.modeling import CLIPMoEModel
@@ -89,8 +89,7 @@ def from_published(tensors: Mapping[str, Tensor], source: str, top_k: int = 2) -
     config = layout.config(top_k)
     state = layout.state_dict()
     try:
-        with torch.device("meta"):
-            model = CLIPMoEModel(config)
+        model = empty_model(config)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     except Exception as error:  # open_clip raises whatever a wrong shape makes it stumble over
@@ -108,11 +107,6 @@ def from_published(tensors: Mapping[str, Tensor], source: str, top_k: int = 2) -
                 f" the other tensors ask for {tuple(shape)}"
             )
     model.load_state_dict(state, assign=True)
-    for module in model.modules():                         # buffers that no checkpoint holds
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        model._init_weights(module)
     return model.eval()
 
 
