@@ -52,6 +52,13 @@ def inject_lora(
         # projection is no layer that is called, so that it has no adapter.
         attentions = [n for n, layer in chosen.items() if isinstance(layer, nn.MultiheadAttention)]
         parameters = [f"{name}.in_proj_weight" for name in attentions]
+        # Experts in one stack, as transformers' mixtures hold them: (E, in, out) or (E, out, in).
+        parameters += [
+            f"{name}.{own}"
+            for name, layer in chosen.items()
+            for own, parameter in layer.named_parameters(recurse=False)
+            if parameter.ndim == 3 and not isinstance(layer, nn.MultiheadAttention)
+        ]
         target = [
             name
             for name, layer in chosen.items()

@@ -139,7 +139,17 @@ def _adapt(
     adapters: "dict[str, peft.LoraModel]",
 ) -> "peft.LoraModel":
     if part == "llm":
-        return inject_lora(model.model.language_model, part, settings, seed)
+        language_model = model.model.language_model
+        routers = set(router_names(language_model))
+        # peft knows what "all-linear" is of a dense model; of a mixture it would adapt the routers.
+        own_choice = routers and settings.target == "all-linear"
+        return inject_lora(
+            language_model,
+            part,
+            settings,
+            seed,
+            (lambda name: name not in routers) if own_choice else None,
+        )
     if part == "connector":
         root: nn.Module = model.model.multi_modal_projector
         prefix = _CONNECTOR
