@@ -8,11 +8,28 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mllm.registration import register_with_transformers
+
 if TYPE_CHECKING:
     from mllm import scoring
-    from mllm.model import build_llava, load_mllm, replace_vision_tower, save_mllm
+    from mllm.model import (
+        build_llava,
+        load_mllm,
+        replace_vision_tower,
+        save_mllm,
+        upcycle_connector,
+    )
 
-__all__ = ["build_llava", "load_mllm", "replace_vision_tower", "save_mllm", "scoring"]
+__all__ = [
+    "build_llava",
+    "load_mllm",
+    "replace_vision_tower",
+    "save_mllm",
+    "scoring",
+    "upcycle_connector",
+]
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mllm.connector import regress, ridge_start, solve_ridge
 from train.instruction_rows import InstructionSample
+from vision_moe import InputError
 
 _MAX_TOKENS = 131_072
 _MAX_WORDS = 512
@@ -46,6 +48,8 @@ def start_connector(
     Returns:
         The share of the targets' variance that the connector explains.
     """
+    if not isinstance(model.model.multi_modal_projector, LlavaMultiModalProjector):
+        raise InputError("'connector_start: words' is for the connector mlp2x_gelu alone")
     words_by_key: dict[int, set[str]] = {}
     for sample in samples:
         text = " ".join(answer for _, answer in sample.turns).lower()

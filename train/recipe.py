@@ -254,6 +254,9 @@ class InstructionRecipe(Recipe):
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     """``full``: the connector reads the CLS token too, ``default``: the patches alone."""
+    connector: dict[str, Any] | None = None
+    """``{name: ..., option: ...}`` of ``mllm.connectors``; LLaVA's ``mlp2x_gelu`` by default. With
+    ``init_from`` only ``moe_mlp``: that model's MLP is upcycled to experts."""
     connector_start: Literal["words", "random"] = "random"
     """``words``: taught each picture's words before the language model takes part."""
     connector_start_data: list[InstructionSource] = field(default_factory=list)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from mllm.building import with_connector
 from mllm.chat_template import multimodal_chat_template, set_chat_template
 from mllm.llm import EMBEDDED_LLM, load_llm
 from mllm.model import build_llava, load_mllm, load_vision_tower, replace_vision_tower
@@ -25,6 +26,8 @@ def load_model(
         model, processor = load_mllm(recipe.init_from)
         if recipe.tower is not None:
             replace_vision_tower(model, recipe.tower, processor)
+        if recipe.connector is not None:
+            model = with_connector(model, processor, recipe.connector, recipe.seed)
         if recipe.chat_template is not None:
             set_chat_template(processor.tokenizer, recipe.chat_template, may_grow=False)
             processor.chat_template = multimodal_chat_template(processor.tokenizer.chat_template)
@@ -46,6 +49,7 @@ def load_model(
             vision_feature_layer=recipe.vision_feature_layer,
             vision_feature_select_strategy=recipe.vision_feature_select_strategy,
             seed=recipe.seed,
+            connector=recipe.connector,
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if recipe.llm_quantization == "nf4":
