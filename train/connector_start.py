@@ -11,7 +11,7 @@ n pictures, N image tokens, V tower width, D width of the language model, W word
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def start_connector(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[InstructionSample],
-    features: np.ndarray,
+    features: Callable[[list[int]], np.ndarray],
     seed: int,
 ) -> float:
     """Set the connector's weights from the samples' answers; the language model is not run.
@@ -41,7 +41,7 @@ def start_connector(
         model: Its connector is changed in place.
         tokenizer: Of its language model.
         samples: Pictures and what is said of them.
-        features: ``(n, N, V)`` by ``image_keys``.
+        features: Reads ``(n, N, V)`` of n ``image_keys``.
         seed: Of the random features, the order of the regression, and the pictures that are used
             where there are many.
 
@@ -56,11 +56,11 @@ def start_connector(
         for key in sample.image_keys:
             words_by_key.setdefault(key, set()).update(re.findall(r"\w+", text))
     keys = np.array(sorted(words_by_key))
-    num_tokens = features.shape[1]
+    num_tokens = model.config.image_seq_length
     if len(keys) * num_tokens > _MAX_TOKENS:
         keys = np.random.default_rng(seed).permutation(keys)[: max(1, _MAX_TOKENS // num_tokens)]
     words_of = [words_by_key[int(key)] for key in keys]
-    tokens = torch.from_numpy(np.stack([features[key] for key in keys])).float()  # (n, N, V)
+    tokens = torch.from_numpy(features(keys.tolist())).float()  # (n, N, V)
     table = model.model.language_model.embed_tokens.weight.detach().float().cpu()
     if model.config.vision_feature_select_strategy == "full" and num_tokens > 1:
         of_cls = words_of_cls(tokens, words_of)

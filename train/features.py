@@ -1,83 +1,149 @@
-"""Features of a frozen vision tower, computed once for each picture and kept on disk.
+"""Features of a frozen vision tower: computed when a picture is first asked for, kept on disk.
 
-The file stands in the cache under a hash of all that its content depends on: the tower's weights
-and configuration, the preprocessing and the pictures.
+A folder of the cache stands for all that features depend on but the picture: the tower's weights
+and configuration, the preprocessing, the layer, the number formats. Each picture has an entry of
+its own there, so that other data with some of the same pictures find those.
 
-n pictures, N tokens of a picture, V width of the tower.
+n pictures, I of a batch, N tokens of a picture, V width of the tower.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mllm.cache import cache_dir
-from vision_moe import atomic_directory
+from train.feature_files import FeatureFiles
 
-_FILE = "features.npy"
+logger = logging.getLogger(__name__)
+
+_BATCH_SIZE = 64
 
 
-def cached_features(
-    tower: PreTrainedModel,
-    image_processor: Any,
-    open_images: Sequence[Callable[[], Image.Image]],
-    image_identities: Sequence[str],
-    layer: int = -2,
-    drop_first: bool = True,
-    dtype: str = "float16",
-    batch_size: int = 64,
-    cache: Path | None = None,
-) -> np.ndarray:
-    """Hidden states of a layer for every picture, from the cache where they are known.
+class TowerFeatures:
+    """Hidden states of a layer for any of n pictures; ``image_features`` of a training step.
+
+    A picture that is not known yet is encoded when it is asked for, as a run without a cache would
+    in each epoch: nothing waits for pictures that are never used.
 
     Args:
-        tower: Any Hugging Face vision model with ``hidden_states``, in evaluation mode.
+        tower: Any Hugging Face vision model with ``hidden_states``; it must not change any more.
         image_processor: Makes its ``pixel_values``.
         open_images: n functions that open the pictures.
         image_identities: n strings; equal strings are equal pictures.
+        num_tokens: N.
         layer: Of ``hidden_states``.
         drop_first: Leave the first token (CLS) out.
-        dtype: ``float16`` or ``float32``, of the file.
-        batch_size: Pictures at once.
+        dtype: ``float16`` or ``float32``, of the files.
+        bf16: Encode under bf16 autocast.
         cache: Folder of the cache; the user's by default.
-
-    Returns:
-        ``(n, N, V)``, memory-mapped for reading.
     """
-    root = (cache or cache_dir()) / "features"
-    root.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Any] = {
-        "tower": tower_hash(tower),
-        "image_processor": json.loads(image_processor.to_json_string()),
-        "layer": layer,
-        "drop_first": drop_first,
-        "dtype": dtype,
-        "images": list(image_identities),
-    }
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    folder = root / key
-    if not folder.is_dir():
-        # Another process that wants the same waits, and then finds it.
-        with FileLock(root / f"{key}.lock"):
-            if not folder.is_dir():
-                encoded = _encode(
-                    tower, image_processor, open_images, layer, drop_first, batch_size
-                )
-                # Closed, its progress bar too, where it cannot be written to the end.
-                with atomic_directory(folder) as aside, closing(encoded) as batches:
-                    _write(aside / _FILE, batches, len(open_images), np.dtype(dtype))
-    features: np.ndarray = np.load(folder / _FILE, mmap_mode="r")
-    return features
+
+    def __init__(
+        self,
+        tower: PreTrainedModel,
+        image_processor: Any,
+        open_images: Sequence[Callable[[], Image.Image]],
+        image_identities: Sequence[str],
+        num_tokens: int,
+        layer: int = -2,
+        drop_first: bool = True,
+        dtype: str = "float16",
+        bf16: bool = False,
+        cache: Path | None = None,
+    ) -> None:
+        self.tower = tower
+        self.image_processor = image_processor
+        self.open_images = open_images
+        self.layer = layer
+        self.drop_first = drop_first
+        self.bf16 = bf16
+        self._names = [FeatureFiles.name(identity) for identity in image_identities]
+        self._shape = (num_tokens, tower.config.hidden_size)
+        self._dtype = dtype
+        parts = {
+            "tower": tower_hash(tower),
+            "image_processor": json.loads(image_processor.to_json_string()),
+            "layer": layer,
+            "drop_first": drop_first,
+            "dtype": dtype,
+            "bf16": bf16,
+            "shape": self._shape,
+        }
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        folder = (cache or cache_dir()) / "features" / key
+        self._files = FeatureFiles(folder, self._shape, dtype)
+        self._keeps = True
+
+    def __call__(self, image_keys: Sequence[int]) -> dict[str, Tensor]:
+        """``image_features`` ``(I, N, V)``."""
+        return {"image_features": torch.from_numpy(self.read(image_keys))}
+
+    def read(self, image_keys: Sequence[int]) -> np.ndarray:
+        """``(I, N, V)``, with a progress bar where it takes long."""
+        features = np.empty((len(image_keys), *self._shape), np.dtype(self._dtype))
+        missing: dict[str, list[int]] = {}
+        for number, key in enumerate(image_keys):
+            name = self._names[key]
+            if name in self._files:
+                features[number] = self._files[name]
+            else:
+                missing.setdefault(name, []).append(number)
+        names = list(missing)
+        with tqdm(
+            total=len(names), desc="tower features", unit="img", delay=5, disable=not names
+        ) as bar:
+            for start in range(0, len(names), _BATCH_SIZE):
+                some = names[start : start + _BATCH_SIZE]
+                encoded = self._encode([image_keys[missing[name][0]] for name in some])
+                self._keep(some, encoded)
+                for name, entry in zip(some, encoded, strict=True):
+                    features[missing[name]] = entry
+                bar.update(len(some))
+        return features
+
+    def read_ahead(self, image_keys: Sequence[int]) -> None:
+        """Encode what is missing, without holding it."""
+        for start in range(0, len(image_keys), _BATCH_SIZE):
+            self.read(image_keys[start : start + _BATCH_SIZE])
+
+    @torch.no_grad()
+    def _encode(self, image_keys: Sequence[int]) -> np.ndarray:
+        """``(I, N, V)`` of pictures that are not known."""
+        weight = next(self.tower.parameters())
+        images = [self.open_images[key]() for key in image_keys]
+        pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        was_training = self.tower.training
+        self.tower.eval()
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=self.bf16):
+            states = self.tower(
+                pixels.to(weight.device, weight.dtype), output_hidden_states=True
+            ).hidden_states
+        self.tower.train(was_training)
+        chosen = states[self.layer][:, int(self.drop_first) :]
+        encoded: np.ndarray = chosen.float().cpu().numpy().astype(self._dtype)
+        return encoded
+
+    def _keep(self, names: Sequence[str], encoded: np.ndarray) -> None:
+        if not self._keeps:
+            return
+        try:
+            self._files.add(names, encoded)
+        except OSError as error:
+            self._keeps = False
+            logger.warning(
+                "the tower's features are not kept from here on, which makes training slower: %s",
+                error,
+            )
 
 
 def tower_hash(tower: PreTrainedModel) -> str:
@@ -92,39 +158,3 @@ def tower_hash(tower: PreTrainedModel) -> str:
         config.pop(key, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def _encode(
-    tower: PreTrainedModel,
-    image_processor: Any,
-    open_images: Sequence[Callable[[], Image.Image]],
-    layer: int,
-    drop_first: bool,
-    batch_size: int,
-) -> Generator[Tensor, None, None]:
-    """Yield ``(b, N, V)`` for one batch of pictures after another."""
-    weight = next(tower.parameters())
-    with tqdm(total=len(open_images), desc="tower features", unit="img", mininterval=0.5) as bar:
-        for start in range(0, len(open_images), batch_size):
-            images = [open_one() for open_one in open_images[start : start + batch_size]]
-            pixels = image_processor(images=images, return_tensors="pt")["pixel_values"]
-            output = tower(pixels.to(weight.device, weight.dtype), output_hidden_states=True)
-            yield output.hidden_states[layer][:, int(drop_first) :]
-            bar.update(len(images))
-
-
-def _write(path: Path, batches: Iterable[Tensor], num_images: int, dtype: np.dtype[Any]) -> None:
-    """An ``.npy`` file, written front to back: a full disk is then an error, where a memory map
-    would be killed by a signal."""
-    with path.open("wb") as file:
-        for number, batch in enumerate(batches):
-            values = batch.float().cpu().numpy().astype(dtype)
-            if number == 0:
-                header = {
-                    "descr": np.lib.format.dtype_to_descr(dtype),
-                    "fortran_order": False,
-                    "shape": (num_images, *values.shape[1:]),
-                }
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(values.tobytes())

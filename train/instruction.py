@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -24,7 +23,7 @@ from train import stages
 from train.config import recipe_dict, save_resolved
 from train.connector_start import start_connector
 from train.engine import Fitted, RunSettings, checkpoint_folder, fit
-from train.features import cached_features
+from train.features import TowerFeatures
 from train.instruction_data import BatchDataset, plan_batches
 from train.instruction_model import InstructionModel
 from train.instruction_rows import (
@@ -38,7 +37,7 @@ from train.instruction_rows import (
 from train.instruction_sources import load_sources
 from train.mllm_checkpoint import RECIPE_FILE, MLLMContent
 from train.parts import TrainableParts
-from train.pictures import KeptFeatures, Pictures, PixelValues
+from train.pictures import Pictures, PixelValues
 from train.precision import use_bf16
 from train.processes import processes
 from train.recipe import InstructionRecipe
@@ -111,6 +110,8 @@ def _train(
     explained = _start_connector(recipe, model, processor, data)
     parts = set_parts(recipe, model)
     plan = plan_run(recipe, rows)
+    if isinstance(pictures, TowerFeatures) and processes().num_processes > 1:
+        _encode_ahead(pictures, plan, rows)
     fitted = _fit(recipe, stage, model, processor, parts, plan, rows, pictures, data.skipped)
     if fitted.gathered is None:
         parts.merge()
@@ -142,8 +143,8 @@ def _start_connector(
         return None
     if recipe.connector_start_data:
         data = load_sources(recipe.connector_start_data, recipe.seed)
-    seen = tower_features(model, processor, data)
-    return start_connector(model, processor.tokenizer, data.samples, seen, recipe.seed)
+    seen = tower_features(recipe, model, processor, data)
+    return start_connector(model, processor.tokenizer, data.samples, seen.read, recipe.seed)
 
 
 def picture_inputs(
@@ -155,26 +156,28 @@ def picture_inputs(
     """What a step reads of its pictures: kept features, or pixels for a tower that trains."""
     if recipe.trainable.tower_trains:
         return PixelValues(data.open_images, processor.image_processor)
-    return KeptFeatures(tower_features(model, processor, data))
+    return tower_features(recipe, model, processor, data)
 
 
 def tower_features(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, data: InstructionData
-) -> np.ndarray:
-    """``(n, N, V)``: what the connector reads of every picture."""
+    recipe: InstructionRecipe,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    data: InstructionData,
+) -> TowerFeatures:
+    """What the connector reads of every picture."""
     layer = model.config.vision_feature_layer
     if not isinstance(layer, int):
         raise InputError(f"'vision_feature_layer' of the MLLM is {layer}, it must be one layer")
-    if not data.open_images:
-        width = model.model.vision_tower.config.hidden_size
-        return np.zeros((0, model.config.image_seq_length, width), np.float16)
-    return cached_features(
-        model.model.vision_tower.eval(),
+    return TowerFeatures(
+        model.model.vision_tower,
         processor.image_processor,
         data.open_images,
         data.image_identities,
+        num_tokens=model.config.image_seq_length,
         layer=layer,
         drop_first=model.config.vision_feature_select_strategy == "default",
+        bf16=use_bf16(recipe.tower_precision or recipe.precision),
     )
 
 
@@ -250,6 +253,14 @@ def _first_rows(planned: Iterator[tuple[int, list[int]]], num_rows: int) -> Iter
         seen += len(batch)
         if seen >= num_rows:
             return
+
+
+def _encode_ahead(pictures: TowerFeatures, plan: RunPlan, rows: list[Row]) -> None:
+    """All of this process's pictures, while it has the whole tower: FSDP spreads it."""
+    state = processes()
+    batches = plan.batches[state.process_index :: state.num_processes]
+    keys = {key for batch in batches for row in batch for key in rows[row].image_keys}
+    pictures.read_ahead(sorted(keys))
 
 
 def _fit(

@@ -1,13 +1,11 @@
-"""What a training step reads of its pictures: a tower's kept features, or their pixels.
+"""What a training step reads of its pictures; :class:`train.features.TowerFeatures` is the other.
 
-I pictures of a batch, n of the data, N tokens of a picture, V width of the tower, H, W sides.
+I pictures of a batch, n of the data, H, W sides.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -16,20 +14,6 @@ class Pictures(Protocol):
     """Numbers of I pictures in, arguments of the model out."""
 
     def __call__(self, image_keys: Sequence[int]) -> dict[str, Tensor]: ...
-
-
-class KeptFeatures:
-    """``image_features`` ``(I, N, V)`` of a frozen tower.
-
-    Args:
-        features: ``(n, N, V)``, of every picture.
-    """
-
-    def __init__(self, features: np.ndarray) -> None:
-        self.features = features
-
-    def __call__(self, image_keys: Sequence[int]) -> dict[str, Tensor]:
-        return {"image_features": torch.from_numpy(np.asarray(self.features[list(image_keys)]))}
 
 
 class PixelValues:

@@ -295,6 +295,8 @@ class InstructionRecipe(Recipe):
     max_grad_norm: PositiveFloat = 1.0
     precision: Precision = "auto"
     """``auto``: bf16 autocast where the processor computes it natively, fp32 elsewhere."""
+    tower_precision: Precision | None = None
+    """Of a frozen tower's features; that of the training by default."""
 
     log_steps: Positive = 5
     log_to: LogTo = "none"

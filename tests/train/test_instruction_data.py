@@ -14,7 +14,7 @@ from mllm.prompts import ChatPrompts
 from train.instruction_data import collate, plan_batches, plan_epoch, shared_prefix_mask
 from train.instruction_model import InstructionModel
 from train.instruction_rows import InstructionSample, Row, RowLimits, chat_row, plain_row
-from train.pictures import KeptFeatures
+from train.pictures import Pictures
 
 QUESTIONS = (
     ("what is the color of the circle?", "red"),
@@ -63,11 +63,11 @@ def pixel_values(processor: Any, number: int) -> Tensor:
 
 
 @torch.no_grad()
-def features_of(model: Any, processor: Any) -> np.ndarray:
-    """``(3, N, V)``"""
+def features_of(model: Any, processor: Any) -> Pictures:
+    """Features of three pictures."""
     pixels = torch.cat([pixel_values(processor, number) for number in range(3)])
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    return states[-2][:, 1:].numpy()
+    return lambda keys: {"image_features": states[-2][list(keys), 1:]}
 
 
 def separate_sequences(row: Row) -> list[tuple[Tensor, Tensor]]:
@@ -120,7 +120,7 @@ def test_loss_and_gradients_equal_those_of_separate_stock_sequences(
         rows = [chat_row(sample, prompts, limits) for sample in samples]
     else:
         rows = [plain_row(sample, processor.tokenizer, limits) for sample in SAMPLES]
-    batch = collate(rows, KeptFeatures(features_of(model, processor)), pad_token_id=2)
+    batch = collate(rows, features_of(model, processor), pad_token_id=2)
     shared = InstructionModel(model)(**batch)["loss"]
     shared_gradients = gradients(model, shared)
     stock = stock_loss(model, processor, rows)
@@ -138,7 +138,7 @@ def test_loss_of_many_labels_is_that_of_few_at_a_time(
 ) -> None:
     model, processor = mllm
     rows = [chat_row(sample, prompts, limits) for sample in SAMPLES]
-    batch = collate(rows, KeptFeatures(features_of(model, processor)), pad_token_id=2)
+    batch = collate(rows, features_of(model, processor), pad_token_id=2)
     whole = InstructionModel(model)(**batch)["loss"]
     monkeypatch.setattr("train.instruction_model._LOGITS_CHUNK", 3)
     torch.testing.assert_close(InstructionModel(model)(**batch)["loss"], whole)
@@ -148,7 +148,7 @@ def test_text_only_batch_leaves_the_connector_in_the_graph(
     mllm: Any, prompts: ChatPrompts, limits: RowLimits
 ) -> None:
     model, processor = mllm
-    pictures = KeptFeatures(features_of(model, processor))
+    pictures = features_of(model, processor)
     batch = collate([chat_row(TEXT_ONLY, prompts, limits)], pictures, pad_token_id=2)
     InstructionModel(model)(**batch)["loss"].backward()
     connector = model.model.multi_modal_projector
