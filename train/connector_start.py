@@ -56,7 +56,7 @@ def start_connector(
         for key in sample.image_keys:
             words_by_key.setdefault(key, set()).update(re.findall(r"\w+", text))
     keys = np.array(sorted(words_by_key))
-    num_tokens = model.config.image_seq_length
+    num_tokens = features([int(keys[0])]).shape[1]
     if len(keys) * num_tokens > _MAX_TOKENS:
         keys = np.random.default_rng(seed).permutation(keys)[: max(1, _MAX_TOKENS // num_tokens)]
     words_of = [words_by_key[int(key)] for key in keys]

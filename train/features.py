@@ -40,7 +40,6 @@ class TowerFeatures:
         image_processor: Makes its ``pixel_values``.
         open_images: n functions that open the pictures.
         image_identities: n strings; equal strings are equal pictures.
-        num_tokens: N.
         layer: Of ``hidden_states``.
         drop_first: Leave the first token (CLS) out.
         dtype: ``float16`` or ``float32``, of the files.
@@ -54,7 +53,6 @@ class TowerFeatures:
         image_processor: Any,
         open_images: Sequence[Callable[[], Image.Image]],
         image_identities: Sequence[str],
-        num_tokens: int,
         layer: int = -2,
         drop_first: bool = True,
         dtype: str = "float16",
@@ -68,8 +66,8 @@ class TowerFeatures:
         self.drop_first = drop_first
         self.bf16 = bf16
         self._names = [FeatureFiles.name(identity) for identity in image_identities]
-        self._shape = (num_tokens, tower.config.hidden_size)
         self._dtype = dtype
+        self._shape = self._encode([Image.new("RGB", (32, 32))]).shape[1:]
         parts = {
             "tower": tower_hash(tower),
             "image_processor": json.loads(image_processor.to_json_string()),
@@ -104,7 +102,8 @@ class TowerFeatures:
         ) as bar:
             for start in range(0, len(names), _BATCH_SIZE):
                 some = names[start : start + _BATCH_SIZE]
-                encoded = self._encode([image_keys[missing[name][0]] for name in some])
+                keys = [image_keys[missing[name][0]] for name in some]
+                encoded = self._encode([self.open_images[key]() for key in keys])
                 self._keep(some, encoded)
                 for name, entry in zip(some, encoded, strict=True):
                     features[missing[name]] = entry
@@ -117,10 +116,9 @@ class TowerFeatures:
             self.read(image_keys[start : start + _BATCH_SIZE])
 
     @torch.no_grad()
-    def _encode(self, image_keys: Sequence[int]) -> np.ndarray:
-        """``(I, N, V)`` of pictures that are not known."""
+    def _encode(self, images: list[Image.Image]) -> np.ndarray:
+        """``(I, N, V)``"""
         weight = next(self.tower.parameters())
-        images = [self.open_images[key]() for key in image_keys]
         pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
         was_training = self.tower.training
         self.tower.eval()

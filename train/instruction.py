@@ -174,7 +174,6 @@ def tower_features(
         processor.image_processor,
         data.open_images,
         data.image_identities,
-        num_tokens=model.config.image_seq_length,
         layer=layer,
         drop_first=model.config.vision_feature_select_strategy == "default",
         bf16=use_bf16(recipe.tower_precision or recipe.precision),

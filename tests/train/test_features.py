@@ -44,7 +44,6 @@ def features_of(
         image_processor,
         pictures.openers(),
         pictures.identities,
-        num_tokens=options.pop("num_tokens", 16),
         cache=cache,
         **options,
     )
@@ -107,7 +106,7 @@ def test_what_features_depend_on_is_in_the_key(
     features_of(tower, image_processor, pictures, tmp_path).read([0, 1])
     options: dict[str, Any] = {
         "layer": {"layer": -1},
-        "drop_first": {"drop_first": False, "num_tokens": 17},
+        "drop_first": {"drop_first": False},
         "dtype": {"dtype": "float32"},
         "bf16": {"bf16": True},
         "processor": {},
