@@ -89,8 +89,8 @@ def run_stage(recipe: UpcycleRecipe, name: str) -> StageResult:
     pairs = load_pairs(recipe.data, base, recipe.seed)
     before = 0.0
     for number, stage in enumerate(mcl):
-        train_stage = partial(_train_stage, recipe, mcl, number, base, pairs)
-        before += stages.run(stage, train_stage).seconds
+        make = partial(train_stage, recipe, mcl, number, base, pairs)
+        before += stages.run(stage, make).seconds
     assemble = partial(_assemble, recipe, mcl, final, base, pairs, before)
     result = stages.run(final, assemble)
     return StageResult(result.fingerprint, before + result.seconds, skipped=False)
@@ -110,7 +110,7 @@ def mcl_stages(recipe: UpcycleRecipe) -> list[Stage]:
     return made
 
 
-def _train_stage(
+def train_stage(
     recipe: UpcycleRecipe,
     mcl: Sequence[Stage],
     number: int,

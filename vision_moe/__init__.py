@@ -6,7 +6,7 @@ Importing the package registers its classes with transformers' Auto* classes.
 from transformers import AutoConfig, AutoModel
 
 from vision_moe.caption_sets import CaptionSet, read_caption_set
-from vision_moe.checkpoint import load, save
+from vision_moe.checkpoint import empty_model, load, save
 from vision_moe.clustering import accumulate_labels, num_occupied_clusters, stage_labels
 from vision_moe.configuration import OPENAI_PREPROCESS, CLIPMoEConfig, CLIPMoEVisionConfig
 from vision_moe.convert import convert_clip_moe
@@ -98,6 +98,7 @@ __all__ = [
     "convert_clip_moe",
     "convert_low_rank",
     "encode_images",
+    "empty_model",
     "encode_pairs",
     "encode_texts",
     "error_table",

@@ -1,0 +1,21 @@
+import dataclasses
+
+from mllm.bench import BenchReport
+from train.bench_tower import measure_stage, quickstart_stage, run
+
+
+def test_stage_is_measured_in_its_parts() -> None:
+    report = BenchReport("tower")
+    recipe = quickstart_stage()
+    stage = dataclasses.replace(recipe.stage, steps=2, batch_size=16)
+    measure_stage(report, dataclasses.replace(recipe, stage=stage), repeats=1, warmup=0)
+    total = report.repeats["DMU stage"][0]
+    parts = [report.repeats[f"DMU stage, of it {part}"][0]
+             for part in ("features", "clustering", "training")]  # fmt: skip
+    assert 0 < sum(parts) <= total
+    assert report.ratios["DMU stage / plain fine-tuning"].goal == 1.05
+
+
+def test_options_leave_parts_out() -> None:
+    report = run(["towers=[]", "loading=null", "stage=false"])
+    assert not report.repeats and report.config["stage"] is False
