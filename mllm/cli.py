@@ -253,8 +253,24 @@ def chat(checkpoint: str, image: Path, question: str | None) -> None:
               help="Pictures to route (repeatable).  [default: rendered scenes]")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path),
               help="Picture to write.  [default: CHECKPOINT-inspect.png, here]")  # fmt: skip
-def inspect(checkpoint: str, images: tuple[Path, ...], out: Path | None) -> None:
-    """Show CHECKPOINT's parameters, in all and active, its experts and their load."""
+@click.option("--data", help="Diagnose the experts on a file of captions, or on 'scenes'.")
+@click.option("--image-folder", help="--data: where the pictures' paths start.")
+@click.option("--split", help="--data: 'all', or one of the file's.  [default: test]")
+@click.option("--control", help="--data: a CLIP-MoE whose experts differ in their seeds alone.")
+def inspect(
+    checkpoint: str,
+    images: tuple[Path, ...],
+    out: Path | None,
+    data: str | None,
+    image_folder: str | None,
+    split: str | None,
+    control: str | None,
+) -> None:
+    """Show CHECKPOINT's parameters, in all and active, its experts and their load.
+
+    With --data also whether its experts are diverse, whether they complement one another, and what
+    the routers make of it.
+    """
     from mllm.inspection import draw, inspect_checkpoint
 
     inspection = inspect_checkpoint(checkpoint, images)
@@ -262,6 +278,12 @@ def inspect(checkpoint: str, images: tuple[Path, ...], out: Path | None) -> None
     click.echo(inspection.table())
     draw(inspection, out)
     click.echo(f"picture written to {out}", err=True)
+    if data is not None:
+        from mllm.diagnosis import diagnose_checkpoint
+
+        table, files = diagnose_checkpoint(checkpoint, data, out, image_folder, split, control)
+        click.echo(f"\n{table}")
+        click.echo(f"diagnosis written to {', '.join(map(str, files))}", err=True)
 
 
 @cli.command()

@@ -5,7 +5,6 @@ E experts, K top-k.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 import vision_moe
+from mllm.diagnosis.plots import save_figure
 from mllm.model import load_mllm
 from mllm.scenes import ScenesDataset, SceneWorld
 from vision_moe import (
     CLIPMoEModel,
-    InputError,
     MoEFeedForward,
-    atomic_write_bytes,
     open_image,
     record_routing,
 )
@@ -204,9 +202,4 @@ def draw(inspection: Inspection, file: str | Path) -> None:
                 axes.text(expert, row, f"{share:.0%}", ha="center", va="center", color=color)
         figure.colorbar(heat, ax=axes)
     figure.suptitle(Path(inspection.name).name)
-    picture = io.BytesIO()
-    try:
-        figure.savefig(picture, dpi=120, format=Path(file).suffix[1:] or "png")
-    except ValueError as error:  # a file type that matplotlib does not write
-        raise InputError(f"'{file}': {error}") from error
-    atomic_write_bytes(file, picture.getvalue())
+    save_figure(figure, file)

@@ -5,6 +5,7 @@ Importing the package registers its classes with transformers' Auto* classes.
 
 from transformers import AutoConfig, AutoModel
 
+from vision_moe import diagnostics, routing_survey
 from vision_moe.caption_sets import CaptionSet, read_caption_set
 from vision_moe.checkpoint import empty_model, load, save
 from vision_moe.clustering import accumulate_labels, num_occupied_clusters, stage_labels
@@ -45,6 +46,7 @@ from vision_moe.routing import (
     moe_layers,
     record_routing,
     uniform_routing,
+    without_expert,
 )
 from vision_moe.sampler import ClusterBatchSampler
 from vision_moe.surgery import (
@@ -97,8 +99,9 @@ __all__ = [
     "contrastive_loss",
     "convert_clip_moe",
     "convert_low_rank",
-    "encode_images",
+    "diagnostics",
     "empty_model",
+    "encode_images",
     "encode_pairs",
     "encode_texts",
     "error_table",
@@ -119,6 +122,7 @@ __all__ = [
     "record_routing",
     "retrieval_ranks",
     "retrieval_recall",
+    "routing_survey",
     "save",
     "sha256_file",
     "stage_labels",
@@ -126,6 +130,7 @@ __all__ = [
     "to_rgb",
     "uniform_routing",
     "upcycle",
+    "without_expert",
     "writable_folder",
     "zero_shot_metrics",
     "zero_shot_ranks",

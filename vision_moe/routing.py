@@ -5,7 +5,7 @@ B batch, L tokens of a sequence, E experts.
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -99,4 +99,20 @@ def uniform_routing(model: nn.Module) -> Iterator[None]:
     """Every token goes to all experts with equal weight: the router has no say."""
     num_experts = _num_experts(model)
     with fixed_mixture(model, [1.0 / num_experts] * num_experts):
+        yield
+
+
+@contextmanager
+def without_expert(model: nn.Module, expert: int) -> Iterator[None]:
+    """No token goes to one of the experts, in every MoE layer: the next best takes its place."""
+    num_experts = _num_experts(model)
+    if not 0 <= expert < num_experts or num_experts < 2:
+        raise ValueError(f"expert {expert} of {num_experts} cannot be left out")
+
+    def exclude(_module: nn.Module, _inputs: object, logits: Tensor) -> Tensor:
+        return logits.index_fill(-1, torch.tensor(expert, device=logits.device), -torch.inf)
+
+    with ExitStack() as stack:
+        for layer in moe_layers(model).values():
+            stack.callback(layer.router.register_forward_hook(exclude).remove)
         yield
