@@ -101,7 +101,7 @@ def build_llava(
         tokenizer=tokenizer,
         chat_template=multimodal_chat_template(tokenizer.chat_template),
     )
-    fit_processor(processor, config, num_other_tokens)
+    fit_processor(processor, model)
     return model, processor
 
 
@@ -127,21 +127,63 @@ def _assemble(
     return model.eval()
 
 
-def fit_processor(processor: LlavaProcessor, config: LlavaConfig, num_other_tokens: int) -> None:
+def put_tower(model: LlavaForConditionalGeneration, tower: PreTrainedModel, name: str) -> None:
+    """Give a model another vision tower, in place; connector and language model stay.
+
+    Raises:
+        InputError: The tower's features do not fit the connector; ``name`` is the tower's.
+    """
+    config = model.config
+    layers = config.vision_feature_layer
+    num_layers = 1 if isinstance(layers, int) else len(layers)
+    old: Any = config.vision_config
+    if tower.config.hidden_size != old.hidden_size:
+        raise InputError(
+            f"'{name}': its features are {tower.config.hidden_size * num_layers} wide, and the"
+            f" model's connector takes {old.hidden_size * num_layers}"
+        )
+    num_patches, num_other_tokens = count_tokens(
+        tower, layers if isinstance(layers, int) else layers[-1]
+    )
+    drops_first = config.vision_feature_select_strategy == "default"
+    num_tokens = num_patches + num_other_tokens - drops_first
+    if not isinstance(config, ConnectorLlavaConfig):
+        config.image_seq_length = num_tokens
+    elif num_tokens != config.num_tower_tokens:
+        connector = model.model.multi_modal_projector
+        if not connector.any_length:
+            raise InputError(
+                f"'{name}': it gives {num_tokens} tokens, and the model's connector is made"
+                f" for {config.num_tower_tokens}"
+            )
+        connector.num_output_tokens = config.num_tower_tokens = num_tokens
+        config.image_seq_length = num_tokens
+    config.vision_config = tower.config
+    weight = next(model.model.vision_tower.parameters())
+    is_training = model.model.vision_tower.training
+    model.model.vision_tower = tower.to(weight.device, weight.dtype).train(is_training)
+
+
+def fit_processor(processor: LlavaProcessor, model: LlavaForConditionalGeneration) -> None:
     """Tell the processor how many placeholders a picture has.
 
     The stock processor counts patches and what is beside them. Where the connector changes their
     number, the whole picture is one patch to it, and the rest of the tokens stand beside it.
     """
+    config = model.config
     vision: Any = config.vision_config
+    size = vision.image_size
+    height, width = (size, size) if isinstance(size, int) else size
     if isinstance(config, ConnectorLlavaConfig):
-        size = vision.image_size
-        processor.patch_size = size if isinstance(size, int) else min(size)
-        processor.num_additional_image_tokens = config.image_seq_length - 1
+        processor.patch_size = min(height, width)
+        num_patches = (height // processor.patch_size) * (width // processor.patch_size)
+        processor.num_additional_image_tokens = config.image_seq_length - num_patches
         processor.vision_feature_select_strategy = "full"
     else:
+        drops_first = config.vision_feature_select_strategy == "default"
+        num_patches = (height // vision.patch_size) * (width // vision.patch_size)
         processor.patch_size = vision.patch_size
-        processor.num_additional_image_tokens = num_other_tokens
+        processor.num_additional_image_tokens = config.image_seq_length + drops_first - num_patches
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
 
@@ -222,8 +264,7 @@ def with_connector(
     assert upcycled.config.connector is not None
     if num_layers not in (None, upcycled.config.connector["num_layers"]):
         raise InputError(f"the model's connector has no {num_layers} layers to be upcycled")
-    num_other = processor.num_additional_image_tokens
-    fit_processor(processor, upcycled.config, num_other)
+    fit_processor(processor, upcycled)
     return upcycled
 
 

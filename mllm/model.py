@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mllm.building import build_llava, count_tokens, fit_processor, upcycle_connector
+from mllm.building import build_llava, fit_processor, put_tower, upcycle_connector
 from mllm.modeling import ConnectorLlavaConfig
 from vision_moe import CLIPMoEVisionModel, InputError, atomic_directory, no_library_progress_bars
 
@@ -130,39 +130,10 @@ def replace_vision_tower(
         InputError: The new tower's features do not fit the connector.
     """
     tower = load_vision_tower(folder)
-    config = model.config
-    layers = config.vision_feature_layer
-    num_layers = 1 if isinstance(layers, int) else len(layers)
-    old: Any = config.vision_config
-    if tower.config.hidden_size != old.hidden_size:
-        raise InputError(
-            f"'{folder}': its features are {tower.config.hidden_size * num_layers} wide, and the"
-            f" model's connector takes {old.hidden_size * num_layers}"
-        )
-    num_patches, num_other_tokens = count_tokens(
-        tower, layers if isinstance(layers, int) else layers[-1]
-    )
-    drops_first = config.vision_feature_select_strategy == "default"
-    num_tokens = num_patches + num_other_tokens - drops_first
-    if isinstance(config, ConnectorLlavaConfig):
-        connector = model.model.multi_modal_projector
-        if num_tokens != config.num_tower_tokens:
-            if not connector.any_length:
-                raise InputError(
-                    f"'{folder}': it gives {num_tokens} tokens, and the model's connector is made"
-                    f" for {config.num_tower_tokens}"
-                )
-            connector.num_output_tokens = config.num_tower_tokens = num_tokens
-            config.image_seq_length = num_tokens
-    else:
-        config.image_seq_length = num_tokens
-    config.vision_config = tower.config
-    weight = next(model.model.vision_tower.parameters())
-    is_training = model.model.vision_tower.training
-    model.model.vision_tower = tower.to(weight.device, weight.dtype).train(is_training)
+    put_tower(model, tower, str(folder))
     if processor is not None:
         processor.image_processor = AutoImageProcessor.from_pretrained(folder)
-        fit_processor(processor, config, num_other_tokens)
+        fit_processor(processor, model)
     return model
 
 

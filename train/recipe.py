@@ -254,6 +254,11 @@ class InstructionRecipe(Recipe):
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     """``full``: the connector reads the CLS token too, ``default``: the patches alone."""
+    images: Literal["square", "pad"] | None = None
+    """How pictures become square: ``square`` resizes and crops the middle, ``pad`` (LLaVA-1.5's
+    tuning) pads with the mean color. As the tower or ``init_from`` has it by default."""
+    image_size: Positive | None = None
+    """Side of the tower's input; position embeddings are interpolated to a larger one."""
     connector: dict[str, Any] | None = None
     """``{name: ..., option: ...}`` of ``mllm.connectors``; LLaVA's ``mlp2x_gelu`` by default. With
     ``init_from`` only ``moe_mlp``: that model's MLP is upcycled to experts."""

@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor, LlavaForConditionalGeneration, Llav
 
 from mllm.building import with_connector
 from mllm.chat_template import multimodal_chat_template, set_chat_template
+from mllm.images import with_images
 from mllm.llm import EMBEDDED_LLM, load_llm
 from mllm.model import build_llava, load_mllm, load_vision_tower, replace_vision_tower
 from train.checkpoints import put_weights
@@ -51,6 +52,7 @@ def load_model(
             seed=recipe.seed,
             connector=recipe.connector,
         )
+    model, processor = with_images(model, processor, recipe.images, recipe.image_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if recipe.llm_quantization == "nf4":
         quantize_nf4(model.model.language_model, device)
