@@ -12,7 +12,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import click
 
@@ -169,8 +169,8 @@ def convert_low_rank(folder: Path, out: Path, energy: float, rank: int | None) -
 
 
 @cli.command("eval")
-@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
-@click.option("--task", required=True, help="Name of the task, such as easy_vqa or scenes;"
+@click.argument("checkpoints", nargs=-1, metavar="[CHECKPOINT]...")
+@click.option("--task", help="Name of the task, such as easy_vqa or scenes;"
               " of CLIPs: retrieval or zero_shot.")  # fmt: skip
 @click.option("--data", help="Data of the task, where it has none of its own.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of scores.json and"
@@ -178,23 +178,37 @@ def convert_low_rank(folder: Path, out: Path, energy: float, rank: int | None) -
 @click.option("--num-questions", type=int, help="How many are drawn.  [default: the task's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option("--blank-images", is_flag=True, help="Show grey instead of each picture.")
+@click.option("--answer-by", type=click.Choice(["generation", "likelihood"]),
+              default="generation", show_default=True,
+              help="Likelihood: of a multiple choice, the likeliest option.")  # fmt: skip
 @click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option("--processes", type=int, default=1, show_default=True, help="That share the work.")
 @click.option("--bf16", is_flag=True, help="Autocast to bfloat16.")
 @click.option("--images", help="retrieval: where the pictures' paths start.")
 @click.option("--split", help="retrieval: 'all', or one of the file's.  [default: test]")
 @click.option("--templates", type=click.Choice(["openai", "simple"]), default="openai",
               show_default=True, help="zero_shot.")  # fmt: skip
 @click.option("--class-names", help="zero_shot: JSON {folder name: class name}.")
+@click.option("--submission", is_flag=True, help="Write the test server's file, too.")
+@click.option("--answers", type=click.Path(path_type=Path), help="Score the answers of this JSONL"
+              " file (question_id, text) instead of a checkpoint's.")  # fmt: skip
+@click.option("--rescore", type=click.Path(path_type=Path), help="Score the predictions in this"
+              " folder again, without model and data.")  # fmt: skip
 def evaluate(
     checkpoints: tuple[str, ...],
-    task: str,
+    task: str | None,
     data: str | None,
     out: Path | None,
     num_questions: int | None,
     seed: int,
     blank_images: bool,
+    answer_by: Literal["generation", "likelihood"],
     batch_size: int,
+    processes: int,
     bf16: bool,
+    submission: bool,
+    answers: Path | None,
+    rescore: Path | None,
     images: str | None,
     split: str | None,
     templates: str,
@@ -202,7 +216,8 @@ def evaluate(
 ) -> None:
     """Ask CHECKPOINT the questions of a task and score its answers.
 
-    The tasks retrieval and zero_shot take CLIP folders, and several of them side by side.
+    The same command goes on where an interrupted one stopped. The tasks retrieval and zero_shot
+    take CLIP folders, and several of them side by side.
     """
     if task in ("retrieval", "zero_shot"):
         from mllm.clip_evaluation import CLIPEvaluationConfig, comparison_table, evaluate_clips
@@ -210,6 +225,8 @@ def evaluate(
 
         if data is None:
             raise InputError(f"the task '{task}' needs --data")
+        if not checkpoints:
+            raise click.UsageError("CHECKPOINT is needed")
         if out is None:
             names = "-".join(Path(one).resolve().name for one in checkpoints)
             out = Path("eval") / f"{names}-{task}"
@@ -219,17 +236,38 @@ def evaluate(
         click.echo(comparison_table(evaluate_clips(checkpoints, task, choice, out)))
         click.echo(f"written to {out}", err=True)
         return
-    if len(checkpoints) > 1:
-        raise click.UsageError(f"the task '{task}' takes one checkpoint")
-    (checkpoint,) = checkpoints
-    from mllm.evaluate import EvaluationConfig, evaluate_checkpoint, scores_table
+    given = [source for source in (*checkpoints, answers, rescore) if source is not None]
+    if len(given) != 1:
+        raise click.UsageError("one of CHECKPOINT, --answers and --rescore is needed")
+    if rescore is None and task is None:
+        raise click.UsageError("--task is needed")
 
+    from mllm.evaluate import (
+        EvaluationConfig,
+        evaluate_answers,
+        evaluate_checkpoint,
+        scores_table,
+    )
+    from mllm.evaluate import rescore as score_again
+
+    config = EvaluationConfig(
+        num_questions, seed, blank_images, batch_size, bf16, answer_by, processes
+    )
     if out is None:
         blank = "-blank" if blank_images else ""
-        out = Path("eval") / f"{Path(checkpoint).resolve().name}-{task}{blank}"
-    config = EvaluationConfig(num_questions, seed, blank_images, batch_size, bf16)
-    evaluation = evaluate_checkpoint(checkpoint, task, config, data, out)
+        out = rescore or Path("eval") / f"{Path(given[0]).resolve().name}-{task}{blank}"
+    if rescore is not None:
+        evaluation = score_again(rescore, task)
+        evaluation.save(out)
+    elif answers is not None:
+        evaluation = evaluate_answers(answers, str(task), config, data, out)
+    else:
+        evaluation = evaluate_checkpoint(checkpoints[0], str(task), config, data, out)
     click.echo(scores_table(evaluation.scores))
+    if submission:
+        from mllm.evaluate_submission import write_submission
+
+        click.echo(f"for the test server: {write_submission(evaluation, out, data)}", err=True)
     click.echo(f"written to {out}", err=True)
 
 

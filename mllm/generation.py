@@ -1,42 +1,246 @@
 """Greedy answers to many questions about pictures, computed as few times as possible.
 
-Each distinct picture is encoded once, each distinct (picture, question) answered once, and what all
-prompts share (the system message and the user's header) runs through the language model once.
-Questions of similar length share a batch, padded on the left.
-
-B batch, P tokens of the shared text, N image tokens, L padded length of the rest, V vocabulary.
+Each distinct picture is encoded once, each distinct (picture, question) answered once. What prompts
+share runs through the language model once: the system message and the user's header for all, the
+picture's tokens for the questions about it. Questions of similar length share a batch, padded on
+the left.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from mllm.decoding import Decoder, Prefixes
 from mllm.prompts import ChatPrompts
+from vision_moe import InputError
+
+# Questions that are sorted by length together, in batches.
+_BATCHES_SORTED = 8
+# Keys and values of pictures that are held at once, where a batch does not need more.
+_PREFIX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question about one picture; equal keys are the same picture."""
+    """One question about one picture; equal keys are the same picture.
+
+    Attributes:
+        image_key: ``None`` for a question without a picture.
+        question: Its text.
+        choices: Where there are any, the answer is the likeliest of them.
+    """
 
     image_key: Hashable
     question: str
+    choices: tuple[str, ...] = ()
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Answer:
+    """To one request.
+
+    Attributes:
+        text: Without the end of turn.
+        finished: The model ended it by itself.
+        fault: Why there is no answer, in words; ``None`` where there is one.
+    """
+
+    text: str
+    finished: bool = True
+    fault: str | None = None
+
+
+OpenImage = Callable[[Hashable], Image.Image]
+
+
+class Answerer:
+    """Answers requests in the order that costs least.
+
+    Args:
+        model: Any LLaVA model.
+        processor: Its processor.
+        max_new_tokens: Longest answer.
+        batch_size: Questions at once.
+        autocast_dtype: Lower precision for speed; fp32 keeps greedy answers stable.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: LlavaProcessor,
+        max_new_tokens: int = 16,
+        batch_size: int = 64,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        model.eval()
+        self._model = model
+        self._processor = processor
+        self._batch_size = batch_size
+        self._dtype = autocast_dtype
+        self._prompts = ChatPrompts(processor, model.config.image_seq_length)
+        self._decoder = Decoder(model, self._prompts.end_of_turn_ids, max_new_tokens)
+        self._num_opening = len(self._prompts.prefix_ids)
+        limit = getattr(model.config.text_config, "max_position_embeddings", math.inf)
+        self._longest = limit - max_new_tokens
+
+    @torch.inference_mode()
+    def answer(
+        self, requests: Sequence[Request], open_image: OpenImage
+    ) -> Iterator[tuple[Request, Answer]]:
+        """Answer every distinct request; pairs come as soon as they are known, in any order.
+
+        A picture that cannot be read, or a question that is too long for the language model, is a
+        fault of its own answers and of no other's.
+        """
+        by_image: dict[Hashable, list[Request]] = {}
+        for request in dict.fromkeys(requests):
+            by_image.setdefault(request.image_key, []).append(request)
+        for keys in self._chunks(by_image):
+            # Inside of the loop: a generator must not leave autocast on for who reads from it.
+            with self._autocast():
+                answers = list(self._answer_chunk(keys, by_image, open_image))
+            yield from answers
+
+    def _chunks(self, by_image: dict[Hashable, list[Request]]) -> Iterator[list[Hashable]]:
+        """Pictures whose questions are answered together."""
+        config: Any = self._model.config.text_config
+        num_heads = config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or num_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        token_bytes = 2 * config.num_hidden_layers * heads * width * self._model.dtype.itemsize
+        most_images = max(self._batch_size, _PREFIX_BYTES // (token_bytes * self._num_opening))
+        most_questions = _BATCHES_SORTED * self._batch_size
+        chunk: list[Hashable] = []
+        num_questions = 0
+        for key, questions in by_image.items():
+            full = num_questions + len(questions) > most_questions or len(chunk) == most_images
+            if chunk and (full or key is None or chunk == [None]):
+                yield chunk
+                chunk, num_questions = [], 0
+            chunk.append(key)
+            num_questions += len(questions)
+        if chunk:
+            yield chunk
+
+    def _answer_chunk(
+        self,
+        keys: list[Hashable],
+        by_image: dict[Hashable, list[Request]],
+        open_image: OpenImage,
+    ) -> Iterator[tuple[Request, Answer]]:
+        features, faults = self._encode(keys, open_image)
+        shown = [key for key in keys if key not in faults]
+        for key, fault in faults.items():
+            for request in by_image[key]:
+                yield request, Answer("", fault=fault)
+        with_image = keys != [None]
+        ids: dict[Request, list[int]] = {}
+        for request in (request for key in shown for request in by_image[key]):
+            question = self._prompts.question_ids(request.question, after_image=with_image)
+            if self._num_opening + len(question) > self._longest:
+                fault = f"a prompt of {self._num_opening + len(question)} tokens is too long"
+                yield request, Answer("", fault=fault)
+            else:
+                ids[request] = question
+        if not ids:
+            return
+        prefixes = self._prefixes(features)
+        row_of = {key: row for row, key in enumerate(shown)}
+        # Longest first: what does not fit into memory shows at once.
+        order = sorted(ids, key=lambda request: (bool(request.choices), -len(ids[request])))
+        num_open = sum(not request.choices for request in order)
+        for some, answer_batch in (
+            (order[:num_open], self._generate),
+            (order[num_open:], self._choose),
+        ):
+            for start in range(0, len(some), self._batch_size):
+                batch = some[start : start + self._batch_size]
+                rows = [row_of[request.image_key] for request in batch]
+                questions = [ids[request] for request in batch]
+                yield from zip(batch, answer_batch(prefixes, rows, questions, batch), strict=True)
+
+    def _encode(
+        self, keys: list[Hashable], open_image: OpenImage
+    ) -> tuple[Tensor | None, dict[Hashable, str]]:
+        """``(number of pictures, N, D)`` of readable ones, and what is wrong with the others."""
+        if keys == [None]:
+            return None, {}
+        images, faults = [], {}
+        for key in keys:
+            try:
+                images.append(open_image(key))
+            except InputError as error:
+                faults[key] = str(error)
+        parts = [
+            image_features(self._model, self._processor, images[start : start + self._batch_size])
+            for start in range(0, len(images), self._batch_size)
+        ]
+        return torch.cat(parts) if parts else None, faults
+
+    def _prefixes(self, features: Tensor | None) -> Prefixes:
+        """Keys and values of what stands before the questions, a row for each picture."""
+        if features is None:
+            return self._decoder.prefix(self._prompts.opening_ids(num_images=0))
+        ids = self._prompts.prefix_ids
+        shared = self._decoder.prefix(ids[: ids.index(self._prompts.image_token_id)])
+        parts = features.split(self._batch_size)
+        return Prefixes.join([self._decoder.extend(shared, part) for part in parts])
+
+    def _generate(
+        self,
+        prefixes: Prefixes,
+        rows: list[int],
+        questions: list[list[int]],
+        batch: list[Request],
+    ) -> list[Answer]:
+        decoded = self._decoder.generate(prefixes, rows, questions)
+        texts = self._processor.tokenizer.batch_decode(
+            [ids for ids, _ in decoded], skip_special_tokens=True
+        )
+        return [
+            Answer(text.strip(), finished)
+            for text, (_, finished) in zip(texts, decoded, strict=True)
+        ]
+
+    def _choose(
+        self,
+        prefixes: Prefixes,
+        rows: list[int],
+        questions: list[list[int]],
+        batch: list[Request],
+    ) -> list[Answer]:
+        candidates = [
+            [self._prompts.answer_ids(choice)[:-1] or self._prompts.end_of_turn_ids[:1]
+             for choice in request.choices]
+            for request in batch
+        ]  # fmt: skip
+        scored = self._decoder.log_likelihoods(prefixes, rows, questions, candidates)
+        return [
+            Answer(request.choices[max(range(len(scores)), key=scores.__getitem__)])
+            for request, scores in zip(batch, scored, strict=True)
+        ]
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self._model.device.type, self._dtype)
+
+
 def generate_answers(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     requests: Sequence[Request],
-    open_image: Callable[[Hashable], Image.Image],
+    open_image: OpenImage,
     max_new_tokens: int = 16,
     batch_size: int = 64,
     autocast_dtype: torch.dtype | None = None,
@@ -56,33 +260,18 @@ def generate_answers(
 
     Returns:
         The answers' texts, in the order of the requests.
+
+    Raises:
+        InputError: A picture cannot be read, or a question is too long.
     """
-    if not requests:
-        return []
-    autocast: AbstractContextManager[object] = nullcontext()
-    if autocast_dtype is not None:
-        autocast = torch.autocast(model.device.type, autocast_dtype)
-    model.eval()
-    prompts = ChatPrompts(processor, model.config.image_seq_length)
-    with autocast:
-        keys = list(dict.fromkeys(request.image_key for request in requests))
-        features = encode_images(model, processor, keys, open_image, batch_size, progress)
-        shared_ids = prompts.prefix_ids[: prompts.prefix_ids.index(prompts.image_token_id)]
-        decoder = _GreedyDecoder(model, shared_ids, prompts.end_of_turn_ids, max_new_tokens)
-        distinct = {request: prompts.question_ids(request.question) for request in requests}
-        # Longest first: what does not fit into memory shows at once.
-        order = sorted(distinct, key=lambda request: -len(distinct[request]))
-        answers: dict[Request, str] = {}
-        with tqdm(total=len(order), desc="answers", unit="q", disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                token_ids = decoder.answer(
-                    torch.stack([features[request.image_key] for request in batch]),
-                    [distinct[request] for request in batch],
-                )
-                texts = processor.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-                answers.update(zip(batch, (text.strip() for text in texts), strict=True))
-                bar.update(len(batch))
+    answerer = Answerer(model, processor, max_new_tokens, batch_size, autocast_dtype)
+    answers: dict[Request, str] = {}
+    with tqdm(total=len(set(requests)), desc="answers", unit="q", disable=not progress) as bar:
+        for request, answer in answerer.answer(requests, open_image):
+            if answer.fault is not None:
+                raise InputError(answer.fault)
+            answers[request] = answer.text
+            bar.update()
     return [answers[request] for request in requests]
 
 
@@ -91,100 +280,29 @@ def encode_images(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     keys: Sequence[Hashable],
-    open_image: Callable[[Hashable], Image.Image],
+    open_image: OpenImage,
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[Hashable, Tensor]:
     """Connector outputs ``(N, D)`` of each picture, ready to stand among token embeddings."""
-    weight = model.get_input_embeddings().weight
     features: dict[Hashable, Tensor] = {}
     with tqdm(total=len(keys), desc="pictures", unit="img", disable=not progress) as bar:
         for start in range(0, len(keys), batch_size):
             batch = list(keys[start : start + batch_size])
-            images = [open_image(key) for key in batch]
-            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-            output = model.get_image_features(
-                pixel_values=pixels.to(weight.device, weight.dtype), return_dict=True
-            )
-            features.update(zip(batch, output.pooler_output, strict=True))
+            encoded = image_features(model, processor, [open_image(key) for key in batch])
+            features.update(zip(batch, encoded, strict=True))
             bar.update(len(batch))
     return features
 
 
-class _GreedyDecoder:
-    """Greedy decoding behind a text that all prompts share."""
-
-    def __init__(
-        self,
-        model: LlavaForConditionalGeneration,
-        shared_ids: list[int],
-        end_ids: list[int],
-        max_new_tokens: int,
-    ) -> None:
-        self._language_model = model.model.language_model
-        self._head = model.lm_head
-        self._embed = model.get_input_embeddings()
-        self._device = model.device
-        self._end_ids = torch.tensor(end_ids, device=self._device)
-        self._max_new_tokens = max_new_tokens
-        self._num_shared = len(shared_ids)
-        self._shared = DynamicCache()
-        if shared_ids:
-            ids = torch.tensor([shared_ids], device=self._device)  # (1, P)
-            self._language_model(
-                inputs_embeds=self._embed(ids), past_key_values=self._shared, use_cache=True
-            )
-
-    def answer(self, features: Tensor, questions: list[list[int]]) -> list[list[int]]:
-        """Continue each ``shared text + picture + question``.
-
-        Args:
-            features: ``(B, N, D)`` pictures.
-            questions: B lists of token ids.
-
-        Returns:
-            B lists of new token ids, without the end of turn.
-        """
-        embeds, mask = self._pad_left(features, questions)  # (B, L, D), (B, P+L)
-        cache = copy.deepcopy(self._shared)
-        if self._num_shared:
-            cache.batch_repeat_interleave(len(questions))
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, self._num_shared :]
-        answers: list[list[int]] = [[] for _ in questions]
-        running = torch.ones(len(questions), dtype=torch.bool, device=self._device)
-        for _ in range(self._max_new_tokens):
-            hidden = self._language_model(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            token = self._head(hidden[:, -1]).argmax(-1)  # (B,)
-            running &= ~torch.isin(token, self._end_ids)
-            if not running.any():
-                break
-            for row, (goes_on, new) in enumerate(
-                zip(running.tolist(), token.tolist(), strict=True)
-            ):
-                if goes_on:
-                    answers[row].append(new)
-            embeds = self._embed(token).unsqueeze(1)  # (B, 1, D)
-            mask = torch.cat([mask, mask.new_ones(len(questions), 1)], 1)
-            positions = positions[:, -1:] + 1
-        return answers
-
-    def _pad_left(self, features: Tensor, questions: list[list[int]]) -> tuple[Tensor, Tensor]:
-        batch, num_image_tokens, width = features.shape
-        longest = max(map(len, questions))
-        embeds = features.new_zeros(batch, num_image_tokens + longest, width)
-        mask = torch.ones(
-            batch, self._num_shared + num_image_tokens + longest, dtype=torch.long,
-            device=self._device,
-        )  # fmt: skip
-        for row, question in enumerate(questions):
-            padding = longest - len(question)
-            ids = torch.tensor(question, device=self._device)
-            embeds[row, padding:] = torch.cat([features[row], self._embed(ids)])
-            mask[row, self._num_shared : self._num_shared + padding] = 0
-        return embeds, mask
+def image_features(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Sequence[Image.Image]
+) -> Tensor:
+    """Connector outputs ``(number of pictures, N, D)``."""
+    weight = model.get_input_embeddings().weight
+    pixels = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+    output: Any = model.get_image_features(
+        pixel_values=pixels.to(weight.device, weight.dtype), return_dict=True
+    )
+    pooled = output.pooler_output
+    return pooled if isinstance(pooled, Tensor) else torch.stack(list(pooled))

@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from mllm.scoring.exact import exact_match, normalize_answer
     from mllm.scoring.gqa import gqa_correct
     from mllm.scoring.mmbench import mmbench_circular, mmbench_option
-    from mllm.scoring.mme import MME_COGNITION, MME_PERCEPTION, mme_answer, mme_scores
-    from mllm.scoring.pope import pope_answer, pope_metrics, pope_scores
+    from mllm.scoring.mme import (
+        MME_COGNITION,
+        MME_PERCEPTION,
+        mme_answer,
+        mme_intervals,
+        mme_scores,
+    )
+    from mllm.scoring.pope import pope_answer, pope_intervals, pope_metrics, pope_scores
     from mllm.scoring.scienceqa import scienceqa_accuracy, scienceqa_option
     from mllm.scoring.seed import seed_correct
     from mllm.scoring.statistics import (
@@ -45,12 +51,14 @@ __all__ = [
     "mmbench_circular",
     "mmbench_option",
     "mme_answer",
+    "mme_intervals",
     "mme_scores",
     "normalize_answer",
     "normalize_textvqa_answer",
     "normalize_vqa_answer",
     "paired_bootstrap_interval",
     "pope_answer",
+    "pope_intervals",
     "pope_metrics",
     "pope_scores",
     "scienceqa_accuracy",
@@ -66,8 +74,8 @@ _MODULES = {
     "exact": ("exact_match", "normalize_answer"),
     "gqa": ("gqa_correct",),
     "mmbench": ("mmbench_circular", "mmbench_option"),
-    "mme": ("MME_COGNITION", "MME_PERCEPTION", "mme_answer", "mme_scores"),
-    "pope": ("pope_answer", "pope_metrics", "pope_scores"),
+    "mme": ("MME_COGNITION", "MME_PERCEPTION", "mme_answer", "mme_intervals", "mme_scores"),
+    "pope": ("pope_answer", "pope_intervals", "pope_metrics", "pope_scores"),
     "scienceqa": ("scienceqa_accuracy", "scienceqa_option"),
     "seed": ("seed_correct",),
     "statistics": (

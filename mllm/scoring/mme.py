@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 from mllm.scoring.checks import input_error, require_same_length, require_text
+from mllm.scoring.statistics import Interval, bootstrap_means, percentile_interval
 
 MME_PERCEPTION = (
     "existence",
@@ -26,6 +29,7 @@ MME_COGNITION = (
     "code_reasoning",
 )
 _QUESTIONS_PER_IMAGE = 2
+_SUMS = {"perception": MME_PERCEPTION, "cognition": MME_COGNITION}
 
 
 def mme_answer(text: str) -> Literal["yes", "no"] | None:
@@ -64,29 +68,68 @@ def mme_scores(
             not two questions.
     """
     require_same_length(categories=categories, images=images, correct=correct)
-    by_category: dict[str, dict[str, list[bool]]] = {}
-    for category, image, hit in zip(categories, images, correct, strict=True):
-        if category not in MME_PERCEPTION + MME_COGNITION:
-            known = ", ".join(MME_PERCEPTION + MME_COGNITION)
-            raise input_error(f"MME has no category '{category}', only {known}")
-        by_category.setdefault(category, {}).setdefault(image, []).append(bool(hit))
-    scores = {name: _category_score(name, pairs) for name, pairs in by_category.items()}
-    sums = {"perception": MME_PERCEPTION, "cognition": MME_COGNITION}
+    pairs = _pairs(categories, images, correct)
+    scores = {name: sum(points) / len(points) for name, points in pairs.items()}
     return scores | {
         name: sum(scores[part] for part in parts if part in scores)
-        for name, parts in sums.items()
+        for name, parts in _SUMS.items()
         if not scores.keys().isdisjoint(parts)
     }
 
 
-def _category_score(category: str, hits_by_image: dict[str, list[bool]]) -> float:
-    for image, hits in hits_by_image.items():
-        if len(hits) != _QUESTIONS_PER_IMAGE:
-            raise input_error(
-                f"MME category '{category}', image '{image}': {len(hits)} answered questions, "
-                f"not {_QUESTIONS_PER_IMAGE}"
-            )
-    num_images = len(hits_by_image)
-    num_right = sum(sum(hits) for hits in hits_by_image.values())
-    num_both_right = sum(all(hits) for hits in hits_by_image.values())
-    return 100 * num_right / (_QUESTIONS_PER_IMAGE * num_images) + 100 * num_both_right / num_images
+def mme_intervals(
+    categories: Sequence[str],
+    images: Sequence[str],
+    correct: Sequence[bool],
+    seed: int,
+    num_resamples: int = 10_000,
+) -> dict[str, Interval]:
+    """95 % bootstrap intervals of :func:`mme_scores`; images are drawn within their category.
+
+    Args:
+        categories: Of each question.
+        images: Of each question.
+        correct: Of each question.
+        seed: Of the resampling.
+        num_resamples: How many.
+
+    Raises:
+        InputError: As :func:`mme_scores`.
+    """
+    require_same_length(categories=categories, images=images, correct=correct)
+    rng = np.random.default_rng(seed)
+    draws = {
+        name: bootstrap_means(points, rng, num_resamples)
+        for name, points in _pairs(categories, images, correct).items()
+    }
+    sums = {
+        name: sum(draws[part] for part in parts if part in draws)
+        for name, parts in _SUMS.items()
+        if not draws.keys().isdisjoint(parts)
+    }
+    return {name: percentile_interval(np.asarray(each)) for name, each in (draws | sums).items()}
+
+
+def _pairs(
+    categories: Sequence[str], images: Sequence[str], correct: Sequence[bool]
+) -> dict[str, list[float]]:
+    """Points of each image by category; a category's score is their mean."""
+    hits: dict[str, dict[str, list[bool]]] = {}
+    for category, image, hit in zip(categories, images, correct, strict=True):
+        if category not in MME_PERCEPTION + MME_COGNITION:
+            known = ", ".join(MME_PERCEPTION + MME_COGNITION)
+            raise input_error(f"MME has no category '{category}', only {known}")
+        hits.setdefault(category, {}).setdefault(image, []).append(bool(hit))
+    return {
+        category: [_image_points(category, image, pair) for image, pair in by_image.items()]
+        for category, by_image in hits.items()
+    }
+
+
+def _image_points(category: str, image: str, hits: list[bool]) -> float:
+    if len(hits) != _QUESTIONS_PER_IMAGE:
+        raise input_error(
+            f"MME category '{category}', image '{image}': {len(hits)} answered questions, "
+            f"not {_QUESTIONS_PER_IMAGE}"
+        )
+    return 100 * sum(hits) / _QUESTIONS_PER_IMAGE + 100 * all(hits)

@@ -6,11 +6,16 @@ question's id, never by the line of a file.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from mllm.scoring.checks import input_error, require_same_length, require_text
+from mllm.scoring.statistics import Interval, percentile_interval
 
+_OUTCOMES = (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"))
 _NEGATIVE_WORDS = frozenset({"no", "No", "not"})
 
 
@@ -87,6 +92,60 @@ def pope_scores(
     }
     scores["mean_f1"] = sum(of_category["f1"] for of_category in metrics.values()) / len(metrics)
     return scores
+
+
+def pope_intervals(
+    answers: Sequence[str],
+    labels: Sequence[str],
+    categories: Sequence[str],
+    seed: int,
+    num_resamples: int = 10_000,
+) -> dict[str, Interval]:
+    """95 % bootstrap intervals of all that :func:`pope_metrics` and :func:`pope_scores` tell.
+
+    Questions are drawn within their category.
+
+    Args:
+        answers: ``yes`` or ``no``.
+        labels: The truth, in the same order.
+        categories: Of each question.
+        seed: Of the resampling.
+        num_resamples: How many.
+    """
+    require_same_length(answers=answers, labels=labels, categories=categories)
+    rng = np.random.default_rng(seed)
+    outcomes = Counter(zip(categories, answers, labels, strict=True))
+    draws = {}
+    for category in dict.fromkeys(categories):
+        counts = np.array([outcomes[category, answer, label] for answer, label in _OUTCOMES])
+        draws[category] = rng.multinomial(counts.sum(), counts / counts.sum(), size=num_resamples)
+    intervals = _percentiles_of(_resampled_metrics(sum(draws.values())), "")
+    f1 = []
+    for category, counts in draws.items():
+        metrics = _resampled_metrics(counts)
+        intervals |= _percentiles_of(metrics, f"_{category}")
+        f1.append(metrics["f1"])
+    return intervals | {"mean_f1": percentile_interval(np.mean(f1, axis=0))}
+
+
+def _resampled_metrics(counts: Any) -> dict[str, Any]:
+    """:func:`pope_metrics` of ``(R, 4)`` counts in the order of ``_OUTCOMES``."""
+    true_yes, false_yes, false_no, true_no = counts.T
+    return {
+        "accuracy": (true_yes + true_no) / counts.sum(1),
+        "precision": _shares(true_yes, true_yes + false_yes),
+        "recall": _shares(true_yes, true_yes + false_no),
+        "f1": _shares(2 * true_yes, 2 * true_yes + false_yes + false_no),
+        "yes_share": (true_yes + false_yes) / counts.sum(1),
+    }
+
+
+def _percentiles_of(metrics: dict[str, Any], ending: str) -> dict[str, Interval]:
+    return {f"{name}{ending}": percentile_interval(values) for name, values in metrics.items()}
+
+
+def _shares(part: Any, whole: Any) -> Any:
+    return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
 
 
 def _share(part: int, whole: int) -> float:

@@ -126,6 +126,18 @@ def mcnemar_p_value(a: Sequence[bool], b: Sequence[bool]) -> float:
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 
+def bootstrap_means(
+    scores: Sequence[float], rng: np.random.Generator, num_resamples: int = 10_000
+) -> NDArray[np.float64]:
+    """``(R,)`` means of as many resamples, for intervals of what is made of several means."""
+    return _resampled_means(_as_scores(scores, "scores"), rng, num_resamples)
+
+
+def percentile_interval(values: NDArray[np.float64], level: float = 0.95) -> Interval:
+    """What the middle ``level`` of ``values`` ``(R,)`` spans."""
+    return _percentiles(values, level)
+
+
 def _generator(seed: int, num_resamples: int, level: float) -> np.random.Generator:
     if seed < 0:
         raise input_error(f"the seed is {seed} and must not be negative")

@@ -19,9 +19,13 @@ class ScenesTask(Task):
         world: The factors; the standard world by default.
     """
 
+    default_num_questions = 1000
+    max_new_tokens = 16
+
     def __init__(
         self, split: str = "test", num_scenes: int = 500, world: SceneWorld | None = None
     ) -> None:
+        super().__init__()
         self.name = "scenes" if split == "test" else f"scenes_{split}"
         self._split = split
         self._num_scenes = num_scenes

@@ -90,6 +90,21 @@ def test_eval_writes_scores(run, mllm_folder, tmp_path):
     assert json.loads((tmp_path / "s" / "scores.json").read_text())["n"] == 4
 
 
+def test_eval_scores_again(run, mllm_folder, tmp_path):
+    out = tmp_path / "s"
+    run("eval", mllm_folder, "--task", "easy_vqa", "--num-questions", 4, "--out", out)
+    status, text, _ = run("eval", "--rescore", out)
+    assert status == 0
+    assert text.startswith("easy_vqa, 4 questions")
+    assert "rescored_with" in json.loads((out / "scores.json").read_text())
+
+
+def test_eval_wants_one_source_of_answers(run, tmp_path):
+    status, _, err = run("eval", "checkpoint", "--rescore", tmp_path)
+    assert status == 2
+    assert "one of CHECKPOINT, --answers and --rescore" in err
+
+
 def test_inspect_prints_a_table_and_writes_a_picture(run, clip_folder, tmp_path):
     status, out, _ = run("inspect", clip_folder, "--out", tmp_path / "a.png")
     assert status == 0
