@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from mllm.building import fit_processor, put_tower
+from mllm.tiles import is_tiled, to_tiles
 from vision_moe import InputError
 
 ImageMode = Literal["square", "pad", "tiles"]
@@ -101,9 +102,16 @@ def with_images(
     elif mode is None:
         return model, processor
     own: ImageMode = "pad" if getattr(processor.image_processor, "do_pad", False) else "square"
+    if is_tiled(model):
+        own = "tiles"
     mode = mode or own
-    processor.image_processor = image_processor_for(processor.image_processor, size, mode, grid)
+    shown = image_processor_for(processor.image_processor, size, mode, grid)
     fit_processor(processor, model)
+    if mode == "tiles":
+        return to_tiles(model, processor, shown, seed)
+    if is_tiled(model):
+        raise InputError("a model that was trained on tiles cannot do without them")
+    processor.image_processor = shown
     return model, processor
 
 

@@ -21,6 +21,7 @@ from transformers import (
     AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
     LlavaProcessor,
     PreTrainedModel,
 )
@@ -72,7 +73,7 @@ def load_mllm(
         raise InputError(f"'{folder}' is a file, not a checkpoint folder")
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-        if not isinstance(config, LlavaConfig):
+        if not isinstance(config, (LlavaConfig, LlavaNextConfig)):
             raise InputError(_not_llava(name_or_path, config.model_type))
         with no_library_progress_bars():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -106,7 +107,7 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"'{folder}' is not a checkpoint: it holds no config.json") from None
     except (ValueError, AttributeError) as error:
         raise InputError(f"'{config_file}' is damaged: {_first_line(error)}") from error
-    if model_type not in ("llava", ConnectorLlavaConfig.model_type):
+    if model_type not in ("llava", "llava_next", ConnectorLlavaConfig.model_type):
         raise InputError(_not_llava(folder, model_type))
 
 

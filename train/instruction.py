@@ -19,6 +19,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mllm.model import save_mllm
 from mllm.prompts import ChatPrompts
+from mllm.tiles import is_tiled
 from train import stages
 from train.config import recipe_dict, save_resolved
 from train.connector_start import start_connector
@@ -27,7 +28,6 @@ from train.features import TowerFeatures
 from train.instruction_data import BatchDataset, plan_batches
 from train.instruction_model import InstructionModel
 from train.instruction_rows import (
-    InstructionSample,
     Row,
     RowLimits,
     chat_row,
@@ -46,6 +46,7 @@ from train.schedule import learning_rate_schedule
 from train.sources.base import InstructionData, SkippedSamples
 from train.stages import Stage, StageResult
 from train.starting_model import finished_model, load_model, set_parts
+from train.tiled_pictures import TiledPictures
 from vision_moe import InputError
 
 # What a recipe says about the run rather than its result, and paths, whose content is an input.
@@ -106,7 +107,7 @@ def _train(
     model, processor = load_model(recipe)
     data = load_sources(recipe.data, recipe.seed)
     pictures = picture_inputs(recipe, model, processor, data)
-    rows = build_rows(recipe, model, processor, data.samples)
+    rows = build_rows(recipe, model, processor, data)
     explained = _start_connector(recipe, model, processor, data)
     parts = set_parts(recipe, model)
     plan = plan_run(recipe, rows)
@@ -143,7 +144,9 @@ def _start_connector(
         return None
     if recipe.connector_start_data:
         data = load_sources(recipe.connector_start_data, recipe.seed)
-    seen = tower_features(recipe, model, processor, data)
+    if is_tiled(model):
+        raise InputError("'connector_start: words' is for pictures that are shown whole")
+    seen = tower_features(recipe, model, processor.image_processor, data)
     return start_connector(model, processor.tokenizer, data.samples, seen.read, recipe.seed)
 
 
@@ -154,15 +157,28 @@ def picture_inputs(
     data: InstructionData,
 ) -> Pictures:
     """What a step reads of its pictures: kept features, or pixels for a tower that trains."""
+    if is_tiled(model):
+        tiled = TiledPictures(model, processor, data)
+        shown = InstructionData([], tiled.open_views, tiled.identities)
+        return tiled.shown_by(_inputs(recipe, model, tiled.processor, shown))
+    return _inputs(recipe, model, processor.image_processor, data)
+
+
+def _inputs(
+    recipe: InstructionRecipe,
+    model: LlavaForConditionalGeneration,
+    image_processor: Any,
+    data: InstructionData,
+) -> Pictures:
     if recipe.trainable.tower_trains:
-        return PixelValues(data.open_images, processor.image_processor)
-    return tower_features(recipe, model, processor, data)
+        return PixelValues(data.open_images, image_processor)
+    return tower_features(recipe, model, image_processor, data)
 
 
 def tower_features(
     recipe: InstructionRecipe,
     model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    image_processor: Any,
     data: InstructionData,
 ) -> TowerFeatures:
     """What the connector reads of every picture."""
@@ -171,7 +187,7 @@ def tower_features(
         raise InputError(f"'vision_feature_layer' of the MLLM is {layer}, it must be one layer")
     return TowerFeatures(
         model.model.vision_tower,
-        processor.image_processor,
+        image_processor,
         data.open_images,
         data.image_identities,
         layer=layer,
@@ -184,13 +200,19 @@ def build_rows(
     recipe: InstructionRecipe,
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    samples: list[InstructionSample],
+    data: InstructionData,
 ) -> list[Row]:
     """Token rows of the samples, in the recipe's template, within the language model's context."""
     context = model.model.language_model.config.max_position_embeddings
+    num_tokens = (
+        TiledPictures(model, processor, data).num_tokens
+        if is_tiled(model)
+        else lambda _: model.config.image_seq_length
+    )
+    samples = data.samples
     limits = RowLimits(
         image_token_id=model.config.image_token_id,
-        num_image_tokens=lambda _: model.config.image_seq_length,
+        num_image_tokens=num_tokens,
         max_tokens=min(context, recipe.max_length or context),
     )
     if recipe.template == "plain":

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
+from mllm.tiles import pack_views
 from train.attention import attention_kernel
 from train.instruction_data import PADDING, shared_prefix_mask
 from train.router_losses import RouterLosses, RouterSettings
@@ -44,6 +45,7 @@ class InstructionModel(nn.Module):
         labels: Tensor,
         image_features: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Cross-entropy of the labelled tokens, and the routers' losses where some take part.
@@ -59,6 +61,8 @@ class InstructionModel(nn.Module):
             labels: ``(M,)``.
             image_features: ``(I, N, V)``, in the order of the pictures' tokens; or
             pixel_values: ``(I, 3, H, W)``.
+            image_sizes: ``(I', 2)``, heights and widths of pictures whose views, one after another,
+                the former are; of a model that is shown tiles.
             num_items_in_batch: What the summed loss is divided by: the labels of all batches of an
                 optimiser step. M by default.
 
@@ -74,6 +78,8 @@ class InstructionModel(nn.Module):
                 image_features = self._tower_features(pixel_values)
             connector = model.multi_modal_projector
             projected = connector(image_features.to(next(connector.parameters()).dtype))
+        if image_sizes is not None:
+            projected = pack_views(model, projected, image_sizes)
         embeddings = embeddings.masked_scatter(is_image, projected.to(embeddings.dtype))
         with attention_kernel(embeddings.device, embeddings.shape[1]):
             output = model.language_model(

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("connector", "llm", "llm_router", "vision", "router", "experts")
 
+_SEPARATOR = "model.image_newline"  # that of a model that is shown tiles
 _TOWER, _CONNECTOR = "model.vision_tower.", "model.multi_modal_projector."
 
 
@@ -92,7 +93,7 @@ def parts_of(model: LlavaForConditionalGeneration) -> dict[str, str]:
     part_of = {}
     for name, _ in model.named_parameters():
         module = name.rpartition(".")[0]
-        if name.startswith(_CONNECTOR):
+        if name.startswith(_CONNECTOR) or name == _SEPARATOR:
             part_of[name] = "connector"
         elif not name.startswith(_TOWER):
             part_of[name] = "llm_router" if module in routers else "llm"

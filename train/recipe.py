@@ -254,9 +254,14 @@ class InstructionRecipe(Recipe):
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     """``full``: the connector reads the CLS token too, ``default``: the patches alone."""
-    images: Literal["square", "pad"] | None = None
+    images: Literal["square", "pad", "tiles"] | None = None
     """How pictures become square: ``square`` resizes and crops the middle, ``pad`` (LLaVA-1.5's
-    tuning) pads with the mean color. As the tower or ``init_from`` has it by default."""
+    tuning) pads with the mean color, ``tiles`` (LLaVA-NeXT) cuts a larger one up and shows the
+    whole beside it. As the tower or ``init_from`` has it by default."""
+    image_grid: list[tuple[Positive, Positive]] = field(
+        default_factory=lambda: [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+    )
+    """``tiles``: rows and columns that may be chosen from."""
     image_size: Positive | None = None
     """Side of the tower's input; position embeddings are interpolated to a larger one."""
     connector: dict[str, Any] | None = None

@@ -69,7 +69,7 @@ def show_batch(recipe: Recipe, count: int) -> Iterator[str]:
         raise InputError("--show-batch is for recipes of kind 'instruction'")
     model, processor = load_model(recipe)
     data = load_sources(recipe.data, recipe.seed)
-    rows = build_rows(recipe, model, processor, data.samples)
+    rows = build_rows(recipe, model, processor, data)
     yield from describe_rows(rows, processor.tokenizer, model.config.image_token_id, count)
     data.skipped.report()
 

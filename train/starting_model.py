@@ -52,7 +52,9 @@ def load_model(
             seed=recipe.seed,
             connector=recipe.connector,
         )
-    model, processor = with_images(model, processor, recipe.images, recipe.image_size)
+    model, processor = with_images(
+        model, processor, recipe.images, recipe.image_size, recipe.image_grid, recipe.seed
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if recipe.llm_quantization == "nf4":
         quantize_nf4(model.model.language_model, device)
