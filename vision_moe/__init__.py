@@ -32,6 +32,7 @@ from vision_moe.modeling import (
 )
 from vision_moe.moe import MoEFeedForward, load_balancing_loss
 from vision_moe.preprocessing import open_image, to_rgb
+from vision_moe.products import pytorch_products
 from vision_moe.quiet import no_library_progress_bars
 from vision_moe.retrieval import (
     RetrievalRanks,
@@ -119,6 +120,7 @@ __all__ = [
     "open_image",
     "read_caption_set",
     "read_class_folder",
+    "pytorch_products",
     "record_routing",
     "retrieval_ranks",
     "retrieval_recall",

@@ -7,7 +7,8 @@ keeps a kernel for each shape that it has met: short products are not worth one.
 S (token, expert) pairs, sorted by expert; E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,20 @@ from torch import Tensor, nn
 
 #: Multiply-adds from which oneDNN's new kernel for a shape (0.3 ms) is paid back.
 _WORTH_A_KERNEL = 2**25
+
+
+_onednn = True
+
+
+@contextmanager
+def pytorch_products() -> Iterator[None]:
+    """Leave every product to PyTorch's choice while the block lasts, to compare."""
+    global _onednn
+    before, _onednn = _onednn, False
+    try:
+        yield
+    finally:
+        _onednn = before
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -26,7 +41,8 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _suits_onednn(layer: Any, x: Tensor) -> bool:
     return bool(
-        type(layer) is nn.Linear                            # not an adapter or a quantised layer
+        _onednn
+        and type(layer) is nn.Linear                        # not an adapter or a quantised layer
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and x.device.type == "cpu"

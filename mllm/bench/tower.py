@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from vision_moe import (
     empty_model,
     load,
     moe_layers,
+    pytorch_products,
 )
 
 NUM_EXPERTS, TOP_K = 4, 2
@@ -199,7 +201,8 @@ def straightforward(tower: CLIPMoEVisionModel) -> CLIPMoEVisionModel:
 
 def _run(tower: CLIPMoEVisionModel, images: Tensor, onednn: bool = True) -> Callable[[], Any]:
     def run() -> None:
-        with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=onednn):
+        products = nullcontext() if onednn else pytorch_products()
+        with torch.inference_mode(), products:
             tower(images)
 
     return run

@@ -86,6 +86,13 @@ def test_inference_with_onednn_equals_definition(
         torch.testing.assert_close(layer(x), definition(layer, x), atol=5e-6, rtol=0)
 
 
+def test_onednn_is_left_out_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_WORTH_A_KERNEL", 0)
+    layer, x = nn.Linear(WIDTH, HIDDEN), torch.randn(5, WIDTH)
+    with torch.no_grad(), products.pytorch_products():
+        assert torch.equal(products.linear(layer, x), layer(x))
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_inference_equals_training(top_k: int) -> None:
     layer, x = make_layer("plain", top_k), torch.randn(2, 9, WIDTH)
