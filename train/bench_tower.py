@@ -15,7 +15,8 @@ from mllm.bench.tower import TowerOptions, measure_loading, measure_towers
 from train import dmu
 from train.config import load_recipe
 from train.contrastive import LOG_FILE, start_model, train_contrastive
-from train.pairs import load_pairs, random_batches
+from train.pair_batches import random_batches
+from train.pairs import load_pairs
 from train.recipe import ContrastiveRecipe, UpcycleRecipe
 from train.stages import Stage
 from vision_moe import find_ffns

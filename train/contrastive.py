@@ -18,8 +18,9 @@ from train.attention import attention_kernel
 from train.config import recipe_dict, save_resolved
 from train.engine import RunSettings, checkpoint_folder, fit
 from train.optimizers import build_optimizer
+from train.pair_batches import PairBatches, random_batches
 from train.pair_sources import fingerprints
-from train.pairs import PairBatches, Pairs, load_pairs, random_batches, tell_of_skipped
+from train.pairs import Pairs, load_pairs, tell_of_skipped
 from train.precision import use_bf16
 from train.processes import processes
 from train.recipe import (

@@ -35,8 +35,9 @@ from train.contrastive import (
     write_log,
 )
 from train.encoding import encode_to_shards
+from train.pair_batches import cluster_batches, random_batches
 from train.pair_sources import fingerprints
-from train.pairs import Pairs, cluster_batches, load_pairs, random_batches, tell_of_skipped
+from train.pairs import Pairs, load_pairs, tell_of_skipped
 from train.processes import processes
 from train.recipe import UpcycleRecipe
 from train.stages import Stage, StageResult

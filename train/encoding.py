@@ -5,7 +5,10 @@ M pairs, B batch, D feature width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +24,8 @@ from train.recipe import Precision
 from vision_moe import CLIPMoEModel, FeatureShards
 
 BATCH_SIZE = 512
+_Item = TypeVar("_Item")
+_Read = TypeVar("_Read")
 
 
 def encode_all(model: CLIPMoEModel, pairs: Pairs, precision: Precision) -> tuple[Tensor, Tensor]:
@@ -63,8 +68,9 @@ def encode(
         torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision)),
         attention_kernel(device, longest_sequence(model)),
     ):
-        for chosen in by_length.split(BATCH_SIZE):
-            pixel_values, readable = pairs.read(numbers[chosen.numpy()])
+        batches = by_length.split(BATCH_SIZE)
+        reads = one_ahead(lambda chosen: pairs.read(numbers[chosen.numpy()]), batches)
+        for chosen, (pixel_values, readable) in zip(batches, reads, strict=True):
             some = model.trim_tokens(tokens[chosen])
             kept = readable[:, None]
             image.append(model.encode_image(pixel_values.to(device)).float().cpu() * kept)
@@ -72,6 +78,19 @@ def encode(
             bar.update(len(chosen))
     back = by_length.argsort()
     return torch.cat(image)[back], torch.cat(text)[back]
+
+
+def one_ahead(read: Callable[[_Item], _Read], items: Iterable[_Item]) -> Iterator[_Read]:
+    """``map(read, items)``, the next one being read while the last is used."""
+    with ThreadPoolExecutor(1) as reader:
+        pending: Future[_Read] | None = None
+        for item in items:
+            following = reader.submit(read, item)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
 
 
 def _bar(total: int) -> tqdm:

@@ -6,13 +6,13 @@ M pairs, B batch, H, W the model's input, L tokens.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, overload
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mllm.scenes import ScenesDataset, render_pictures
@@ -20,11 +20,10 @@ from train.pair_files import PairSource, limit_of_skipped
 from train.pair_sources import open_source
 from train.recipe import ImageTextData
 from train.scene_world import scene_world
-from vision_moe import CLIPMoEModel, ClusterBatchSampler, InputError
+from vision_moe import CLIPMoEModel, InputError
 
 _NUM_CAPTIONS_LOOKED_AT = 1000
-_NUM_BATCHES_TO_FILL_FROM = 8
-_NUM_DRAWS = 1000
+_NUM_READERS = 4
 
 
 class Pairs(Protocol):
@@ -98,6 +97,7 @@ class FilePairs:
         self.source = source
         self.tokenizer = model.tokenizer
         self.preprocess = model.preprocess
+        self.readers = ThreadPoolExecutor(_NUM_READERS)  # most of their time is decoding, unlocked
         self.skipped: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -109,16 +109,22 @@ class FilePairs:
 
     def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         pixels: list[Tensor | None] = []
-        for index in indices.tolist():
-            try:
-                pixels.append(self.preprocess(self.source.image(index)))
-            except InputError as error:
-                pixels.append(None)
-                self.skip({index: str(error)})
+        numbers = indices.tolist()
+        for index, found in zip(numbers, self.readers.map(self._read, numbers), strict=True):
+            pixels.append(None if isinstance(found, str) else found)
+            if isinstance(found, str):
+                self.skip({index: found})
         # At least one: a hundred unreadable ones among ten thousand may meet, never a whole batch.
         shape = next((one.shape for one in pixels if one is not None), (3, 1, 1))
         whole = torch.stack([torch.zeros(shape) if one is None else one for one in pixels])
         return whole, torch.tensor([one is not None for one in pixels])
+
+    def _read(self, index: int) -> Tensor | str:
+        """The pixels, or why there are none."""
+        try:
+            return self.preprocess(self.source.image(index))
+        except InputError as error:
+            return str(error)
 
     def skip(self, reasons: Mapping[int, str]) -> None:
         for index, reason in reasons.items():
@@ -199,142 +205,3 @@ def tokenize(model: CLIPMoEModel, captions: Sequence[str], chunk: int = 4096) ->
     starts = range(0, len(captions), chunk)
     bar = tqdm(starts, desc="tokenising captions", unit="chunk", delay=2)
     return torch.cat([model.tokenizer(list(captions[start : start + chunk])) for start in bar])
-
-
-class PairBatches(Dataset[dict[str, Tensor]]):
-    """Every batch of a run, in shares: item ``i`` is share ``i % W`` of batch ``i // W``.
-
-    The Trainer deals items to its W processes in turn, so that each step's shares are of one batch.
-    Where a picture cannot be read, another pair, drawn at random, takes its place.
-
-    Args:
-        pairs: What the batches are made of.
-        batches: Pair numbers of every batch.
-        model: Whose text tower says which padding may be cut.
-        num_shares: W; the batches' sizes are multiples of it.
-    """
-
-    def __init__(
-        self,
-        pairs: Pairs,
-        batches: Sequence[np.ndarray],
-        model: CLIPMoEModel,
-        num_shares: int = 1,
-    ) -> None:
-        self.pairs = pairs
-        self.batches = batches
-        self.trim_tokens = model.trim_tokens
-        self.num_shares = num_shares
-
-    def __len__(self) -> int:
-        return len(self.batches) * self.num_shares
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        number, share = divmod(index, self.num_shares)
-        batch = self.batches[number].astype(np.int64)  # a copy
-        size = len(batch) // self.num_shares
-        mine = slice(share * size, (share + 1) * size)
-        pixel_values, readable = self.pairs.read(batch[mine])
-        for row in (~readable).nonzero().flatten().tolist():
-            batch[mine][row], pixel_values[row] = self._substitute(batch, int(batch[mine][row]))
-        # Cut as the whole batch is: the balance loss counts tokens.
-        tokens = self.trim_tokens(self.pairs.tokens(batch))[mine]
-        return {"pixel_values": pixel_values, "input_ids": tokens}
-
-    def _substitute(self, batch: np.ndarray, unreadable: int) -> tuple[int, Tensor]:
-        """A pair that is not in the batch, and its pixels."""
-        rng = np.random.default_rng(unreadable)
-        for other in rng.integers(len(self.pairs), size=_NUM_DRAWS).tolist():
-            if other not in self.pairs.skipped and other not in batch:
-                pixel_values, readable = self.pairs.read(np.array([other]))
-                if readable[0]:
-                    return other, pixel_values[0]
-        raise InputError(
-            f"{self.pairs.skipped[unreadable]}; no other pair was found that can take its place"
-        )
-
-
-class EpochBatches(Sequence[np.ndarray]):
-    """The batches of ``steps`` steps, epoch after epoch; one epoch's plan is held at a time.
-
-    Args:
-        plan: An epoch's batches, by its number; as many in every epoch.
-        per_epoch: How many.
-        steps: Length of the run.
-    """
-
-    def __init__(
-        self, plan: Callable[[int], Sequence[np.ndarray]], per_epoch: int, steps: int
-    ) -> None:
-        self.plan = plan
-        self.per_epoch = per_epoch
-        self.steps = steps
-        self.held: tuple[int, Sequence[np.ndarray]] | None = None
-
-    def __len__(self) -> int:
-        return self.steps
-
-    @overload
-    def __getitem__(self, step: int) -> np.ndarray: ...
-
-    @overload
-    def __getitem__(self, step: slice) -> list[np.ndarray]: ...
-
-    def __getitem__(self, step: int | slice) -> np.ndarray | list[np.ndarray]:
-        if isinstance(step, slice):
-            return [self[i] for i in range(*step.indices(self.steps))]
-        if not 0 <= step < self.steps:
-            raise IndexError(step)
-        epoch, number = divmod(step, self.per_epoch)
-        if self.held is None or self.held[0] != epoch:
-            self.held = (epoch, self.plan(epoch))
-        return self.held[1][number]
-
-
-def random_batches(
-    num_pairs: int,
-    batch_size: int,
-    steps: int,
-    seed: int,
-    left_out: np.ndarray | None = None,
-) -> EpochBatches:
-    """``steps`` whole batches from one shuffled epoch after another.
-
-    Args:
-        num_pairs: M.
-        batch_size: Pairs in a batch, if there are as many.
-        steps: How many batches.
-        seed: Of the shuffles.
-        left_out: Numbers of pairs that take no part; none by default.
-    """
-    usable = np.arange(num_pairs, dtype=np.int32 if num_pairs < 2**31 else np.int64)
-    if left_out is not None:
-        usable = np.setdiff1d(usable, left_out)
-    size = min(batch_size, len(usable))
-    per_epoch = len(usable) // size
-
-    def plan(epoch: int) -> list[np.ndarray]:
-        order = np.random.default_rng([seed, epoch]).permutation(usable)
-        return np.split(order[: per_epoch * size], per_epoch)
-
-    return EpochBatches(plan, per_epoch, steps)
-
-
-def cluster_batches(sampler: ClusterBatchSampler, steps: int) -> EpochBatches:
-    """``steps`` batches from one epoch of the sampler after another.
-
-    Each epoch's last batch, where it is cut short, is filled up with other pairs of the epoch: no
-    pair is left out, and every step weighs the same.
-    """
-
-    def plan(epoch: int) -> list[np.ndarray]:
-        sampler.set_epoch(epoch)
-        *whole, last = sampler.batches()
-        missing = sampler.batch_size - len(last)
-        if missing and whole:
-            rng = np.random.default_rng([sampler.seed, epoch, 1])
-            others = np.concatenate(whole[-_NUM_BATCHES_TO_FILL_FROM:])
-            last = np.concatenate([last, rng.choice(others, missing, replace=False)])
-        return [*whole, last]
-
-    return EpochBatches(plan, len(sampler), steps)

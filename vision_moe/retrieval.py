@@ -29,7 +29,7 @@ class RetrievalRanks:
         ``t2i_r{k}``: the share of texts with their image among the first k."""
         ranks = {"i2t": self.i2t, "t2i": self.t2i}
         return {
-            f"{d}_r{k}": (rank < k).float().mean().item() for d, rank in ranks.items() for k in ks
+            f"{d}_r{k}": (rank < k).double().mean().item() for d, rank in ranks.items() for k in ks
         }
 
 

@@ -122,12 +122,12 @@ def zero_shot_metrics(image_features: Tensor, classes: Tensor, labels: Tensor) -
         ``accuracy_1``, ``accuracy_5`` and ``mean_class_accuracy``, the mean of the classes' own.
     """
     ranks = zero_shot_ranks(image_features, classes, labels)
-    first = (ranks == 0).float()
+    first = (ranks == 0).double()
     count = torch.bincount(labels, minlength=len(classes))
     right = torch.bincount(labels, first, minlength=len(classes))
     return {
         "accuracy_1": first.mean().item(),
-        "accuracy_5": (ranks < 5).float().mean().item(),
+        "accuracy_5": (ranks < 5).double().mean().item(),
         "mean_class_accuracy": (right[count > 0] / count[count > 0]).mean().item(),
     }
 

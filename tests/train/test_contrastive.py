@@ -12,8 +12,9 @@ import vision_moe
 from train import contrastive, engine, run_recipe
 from train.config import load_recipe, parse_recipe
 from train.contrastive import ContrastiveModel, start_model
+from train.pair_batches import PairBatches, random_batches
 from train.pair_sources import fingerprints
-from train.pairs import PairBatches, load_pairs, random_batches
+from train.pairs import load_pairs
 from train.recipe import ContrastiveRecipe, ContrastiveTraining, RouterTraining
 from vision_moe import CLIPMoEModel, InputError, contrastive_loss, load_balancing_loss
 

@@ -14,16 +14,8 @@ from PIL import Image
 
 import vision_moe
 from mllm.scenes import ScenesDataset
-from train.pairs import (
-    PairBatches,
-    Pairs,
-    ScenePairs,
-    cluster_batches,
-    load_pairs,
-    random_batches,
-    scene_captions,
-    scenes_dataset,
-)
+from train.pair_batches import PairBatches, cluster_batches, random_batches
+from train.pairs import Pairs, ScenePairs, load_pairs, scene_captions, scenes_dataset
 from train.recipe import ImageTextData
 from vision_moe import CLIPMoEModel, ClusterBatchSampler, InputError
 
@@ -331,6 +323,16 @@ def test_shares_make_the_batch(clip: CLIPMoEModel) -> None:
     assert len(shares) == 4
     for key, expected in whole[1].items():
         assert torch.equal(torch.cat([shares[2][key], shares[3][key]]), expected)
+
+
+def test_shares_come_in_any_order_and_again(clip: CLIPMoEModel) -> None:
+    """What is read ahead is used only if it is what comes next."""
+    pairs = load_pairs(ImageTextData(num_pairs=8), clip, seed=0)
+    batches = [np.array([number, 7 - number]) for number in range(4)]
+    shares = PairBatches(pairs, batches, clip)
+    for number in (0, 1, 3, 3, 2, 3, 0):
+        expected = pairs.read(batches[number])[0]
+        assert torch.equal(shares[number]["pixel_values"], expected)
 
 
 def test_steps_beyond_an_epoch_take_the_next() -> None:
