@@ -127,7 +127,7 @@ def test_data_must_be_given(capsys: pytest.CaptureFixture[str], clip_folder: Pat
 
 def test_questions_are_put_to_one_model(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, error = run(capsys, "eval", "a", "b", "--task", "scenes")
-    assert status == 2 and "takes one checkpoint" in error
+    assert status == 2 and "one of CHECKPOINT" in error
 
 
 def test_what_is_no_clip_is_refused(captions: Path, mllm_folder: Path) -> None:
