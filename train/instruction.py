@@ -9,8 +9,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,7 @@ from train.engine import Fitted, RunSettings, checkpoint_folder, fit
 from train.features import TowerFeatures
 from train.instruction_data import BatchDataset, plan_batches
 from train.instruction_model import InstructionModel
-from train.instruction_rows import (
-    Row,
-    RowLimits,
-    chat_row,
-    learnable,
-    plain_row,
-)
+from train.instruction_rows import InstructionSample, RowLimits, chat_pieces, plain_pieces
 from train.instruction_sources import load_sources
 from train.mllm_checkpoint import RECIPE_FILE, MLLMContent
 from train.parts import TrainableParts
@@ -42,6 +37,7 @@ from train.precision import use_bf16
 from train.processes import processes
 from train.recipe import InstructionRecipe
 from train.router_losses import router_settings
+from train.row_store import RowStore, collect_rows
 from train.schedule import learning_rate_schedule
 from train.sources.base import InstructionData, SkippedSamples
 from train.stages import Stage, StageResult
@@ -106,8 +102,8 @@ def _train(
     started = time.monotonic()
     model, processor = load_model(recipe)
     data = load_sources(recipe.data, recipe.seed)
-    pictures = picture_inputs(recipe, model, processor, data)
-    rows = build_rows(recipe, model, processor, data)
+    pictures, num_image_tokens = picture_inputs(recipe, model, processor, data)
+    rows = build_rows(recipe, model, processor, data.samples, num_image_tokens)
     explained = _start_connector(recipe, model, processor, data)
     parts = set_parts(recipe, model)
     plan = plan_run(recipe, rows)
@@ -125,7 +121,7 @@ def _train(
         "num_processes": processes().num_processes,
         "num_samples": len(rows),
         "skipped": data.skipped.faults,
-        "num_tokens": sum(len(rows[row]) for batch in plan.batches for row in batch),
+        "num_tokens": sum(rows.lengths[row] for batch in plan.batches for row in batch),
         "num_parameters": parts.num_parameters,
         "connector_start_explained": explained,
         "history": fitted.history,
@@ -146,7 +142,7 @@ def _start_connector(
         data = load_sources(recipe.connector_start_data, recipe.seed)
     if is_tiled(model):
         raise InputError("'connector_start: words' is for pictures that are shown whole")
-    seen = tower_features(recipe, model, processor.image_processor, data)
+    seen = tower_features(recipe, model, processor, data)
     return start_connector(model, processor.tokenizer, data.samples, seen.read, recipe.seed)
 
 
@@ -155,39 +151,48 @@ def picture_inputs(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     data: InstructionData,
-) -> Pictures:
-    """What a step reads of its pictures: kept features, or pixels for a tower that trains."""
-    if is_tiled(model):
-        tiled = TiledPictures(model, processor, data)
-        shown = InstructionData([], tiled.open_views, tiled.identities)
-        return tiled.shown_by(_inputs(recipe, model, tiled.processor, shown))
-    return _inputs(recipe, model, processor.image_processor, data)
+) -> tuple[Pictures, Callable[[int], int]]:
+    """What a step reads of its pictures, and how many tokens each has.
+
+    Kept features, or pixels for a tower that trains.
+    """
+    if not is_tiled(model):
+        num_tokens = model.config.image_seq_length
+        return _inputs(recipe, model, processor, data, processor.image_processor), (
+            lambda _: num_tokens
+        )
+    tiled = TiledPictures(model, processor, data)
+    views = InstructionData([], tiled.open_views, tiled.identities)
+    inputs = _inputs(recipe, model, processor, views, tiled.processor)
+    return tiled.shown_by(inputs), tiled.num_tokens
 
 
 def _inputs(
     recipe: InstructionRecipe,
     model: LlavaForConditionalGeneration,
-    image_processor: Any,
+    processor: LlavaProcessor,
     data: InstructionData,
+    image_processor: Any,
 ) -> Pictures:
     if recipe.trainable.tower_trains:
         return PixelValues(data.open_images, image_processor)
-    return tower_features(recipe, model, image_processor, data)
+    return tower_features(recipe, model, processor, data, image_processor=image_processor)
 
 
 def tower_features(
     recipe: InstructionRecipe,
     model: LlavaForConditionalGeneration,
-    image_processor: Any,
+    processor: LlavaProcessor,
     data: InstructionData,
+    image_processor: Any = None,
 ) -> TowerFeatures:
-    """What the connector reads of every picture."""
+    """What the connector reads of every picture, as the processor or another shows it."""
     layer = model.config.vision_feature_layer
     if not isinstance(layer, int):
         raise InputError(f"'vision_feature_layer' of the MLLM is {layer}, it must be one layer")
     return TowerFeatures(
         model.model.vision_tower,
-        image_processor,
+        image_processor or processor.image_processor,
         data.open_images,
         data.image_identities,
         layer=layer,
@@ -200,27 +205,32 @@ def build_rows(
     recipe: InstructionRecipe,
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    data: InstructionData,
-) -> list[Row]:
-    """Token rows of the samples, in the recipe's template, within the language model's context."""
+    samples: Sequence[InstructionSample],
+    num_image_tokens: Callable[[int], int] | None = None,
+) -> RowStore:
+    """Token rows of the samples, in the recipe's template, within the language model's context.
+
+    Args:
+        recipe: Of the run.
+        model: Whose context and picture tokens count.
+        processor: Its processor.
+        samples: Of the run's data.
+        num_image_tokens: Of each picture, where they differ.
+    """
+    config = model.config
     context = model.model.language_model.config.max_position_embeddings
-    num_tokens = (
-        TiledPictures(model, processor, data).num_tokens
-        if is_tiled(model)
-        else lambda _: model.config.image_seq_length
-    )
-    samples = data.samples
     limits = RowLimits(
-        image_token_id=model.config.image_token_id,
-        num_image_tokens=num_tokens,
+        image_token_id=config.image_token_id,
+        num_image_tokens=num_image_tokens or (lambda _: config.image_seq_length),
         max_tokens=min(context, recipe.max_length or context),
     )
     if recipe.template == "plain":
-        rows = [plain_row(sample, processor.tokenizer, limits) for sample in samples]
-    else:
-        prompts = ChatPrompts(processor, model.config.image_seq_length)
-        rows = [chat_row(sample, prompts, limits) for sample in samples]
-    return learnable(rows, samples)
+        pieces = partial(
+            plain_pieces, tokenizer=processor.tokenizer, image_token_id=config.image_token_id
+        )
+        return collect_rows(samples, pieces, limits)
+    prompts = ChatPrompts(processor, config.image_seq_length)
+    return collect_rows(samples, partial(chat_pieces, prompts=prompts), limits)
 
 
 @dataclass(frozen=True)
@@ -235,14 +245,15 @@ class RunPlan:
     gradient_accumulation: int
 
 
-def plan_run(recipe: InstructionRecipe, rows: list[Row]) -> RunPlan:
+def plan_run(recipe: InstructionRecipe, rows: RowStore) -> RunPlan:
     """Which rows each step sees, decided before the first, so that resuming is exact."""
     if recipe.steps is None and recipe.epochs is None:
         raise InputError("the recipe sets neither 'steps' nor 'epochs'")
     num_processes = processes().num_processes
     accumulation = _gradient_accumulation(recipe, num_processes)
-    lengths = [len(row) for row in rows]
-    planned = plan_batches(lengths, recipe.batch_rows, recipe.max_tokens_per_batch, recipe.seed)
+    planned = plan_batches(
+        rows.lengths, recipe.batch_rows, recipe.max_tokens_per_batch, recipe.seed
+    )
     per_step = accumulation * num_processes
     if recipe.steps is not None:
         chosen = itertools.islice(planned, recipe.steps * per_step)
@@ -276,11 +287,11 @@ def _first_rows(planned: Iterator[tuple[int, list[int]]], num_rows: int) -> Iter
             return
 
 
-def _encode_ahead(pictures: TowerFeatures, plan: RunPlan, rows: list[Row]) -> None:
+def _encode_ahead(pictures: TowerFeatures, plan: RunPlan, rows: RowStore) -> None:
     """All of this process's pictures, while it has the whole tower: FSDP spreads it."""
     state = processes()
     batches = plan.batches[state.process_index :: state.num_processes]
-    keys = {key for batch in batches for row in batch for key in rows[row].image_keys}
+    keys = {key for batch in batches for row in batch for key in rows.image_keys(row)}
     pictures.read_ahead(sorted(keys))
 
 
@@ -291,7 +302,7 @@ def _fit(
     processor: LlavaProcessor,
     parts: TrainableParts,
     plan: RunPlan,
-    rows: list[Row],
+    rows: RowStore,
     pictures: Pictures,
     skipped: SkippedSamples,
 ) -> Fitted:

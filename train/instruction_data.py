@@ -140,8 +140,7 @@ class BatchDataset(Dataset[dict[str, Tensor]]):
 
     def _nothing_to_learn(self) -> dict[str, Tensor]:
         """For a process that is left without a batch in the last step, and must take part."""
-        shortest = min(self.rows, key=len)
-        batch = collate([shortest], self.pictures, self.pad_token_id)
+        batch = collate([self.rows[0]], self.pictures, self.pad_token_id)
         return {
             **batch,
             "label_positions": batch["label_positions"][:0],

@@ -10,7 +10,6 @@ prefix, in questions, or nowhere.
 L tokens of a row, M labelled ones.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,12 +17,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mllm.prompts import ChatPrompts, Question, clean_text
-from vision_moe import InputError
-
-logger = logging.getLogger(__name__)
 
 PREFIX = 0
-MAX_LOST_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,22 @@ class RowLimits:
 Branch = list[tuple[list[int], bool]]
 
 
-def chat_row(sample: InstructionSample, prompts: ChatPrompts, limits: RowLimits) -> Row:
+@dataclass(frozen=True)
+class Pieces:
+    """A row before it is laid out: one placeholder for each picture, nothing cut.
+
+    Attributes:
+        image_keys: Numbers of the pictures, in their order.
+        prefix: Token ids.
+        branches: Behind the prefix, each.
+    """
+
+    image_keys: tuple[int, ...]
+    prefix: list[int]
+    branches: list[Branch]
+
+
+def chat_pieces(sample: InstructionSample, prompts: ChatPrompts) -> Pieces:
     """The language model's own chat format; answers and their end-of-turn tokens are learnt."""
     num_leading = sample.num_leading_images
     branches: list[Branch] = []
@@ -111,37 +121,43 @@ def chat_row(sample: InstructionSample, prompts: ChatPrompts, limits: RowLimits)
         else:
             asked = prompts.question_ids(question, num_leading > 0, sample.system)
             branches.append([(asked, False), answer_part])
-    prefix = prompts.opening_ids(num_leading, sample.system)
-    return _row(sample.image_keys, prefix, branches, limits)
+    return Pieces(sample.image_keys, prompts.opening_ids(num_leading, sample.system), branches)
 
 
-def plain_row(
-    sample: InstructionSample, tokenizer: PreTrainedTokenizerBase, limits: RowLimits
-) -> Row:
+def plain_pieces(
+    sample: InstructionSample, tokenizer: PreTrainedTokenizerBase, image_token_id: int
+) -> Pieces:
     """LLaVA's ``plain`` format: pictures, answer, newline; questions are discarded."""
     branches: list[Branch] = [
         [(tokenizer.encode(clean_text(answer) + "\n", add_special_tokens=False), True)]
         for _, answer in sample.turns
     ]
     # [bos] where the tokenizer opens texts with one, else nothing.
-    prefix = tokenizer.encode("") + [limits.image_token_id] * len(sample.image_keys)
-    return _row(sample.image_keys, prefix, branches, limits)
+    prefix = tokenizer.encode("") + [image_token_id] * len(sample.image_keys)
+    return Pieces(sample.image_keys, prefix, branches)
 
 
-def _row(
-    image_keys: Sequence[int],
-    prefix: Sequence[int],
-    branches: Sequence[Branch],
-    limits: RowLimits,
+def chat_row(sample: InstructionSample, prompts: ChatPrompts, limits: RowLimits) -> Row:
+    """:func:`chat_pieces`, laid out."""
+    return lay_out(chat_pieces(sample, prompts), limits)
+
+
+def plain_row(
+    sample: InstructionSample, tokenizer: PreTrainedTokenizerBase, limits: RowLimits
 ) -> Row:
+    """:func:`plain_pieces`, laid out."""
+    return lay_out(plain_pieces(sample, tokenizer, limits.image_token_id), limits)
+
+
+def lay_out(pieces: Pieces, limits: RowLimits) -> Row:
     """Lay the pieces end to end, placeholders expanded, and cut what the context cannot hold.
 
     A picture whose last token would not fit is left out with all that follows it in its branch.
     """
-    builder = _RowBuilder(image_keys, limits)
-    fits = builder.extend(prefix, 0, PREFIX, is_learnt=False)
+    builder = _RowBuilder(pieces.image_keys, limits)
+    fits = builder.extend(pieces.prefix, 0, PREFIX, is_learnt=False)
     num_prefix = len(builder.input_ids)
-    for branch_id, branch in enumerate(branches, start=1):
+    for branch_id, branch in enumerate(pieces.branches, start=1):
         builder.previous = num_prefix - 1
         position, branch_fits = num_prefix, fits
         for ids, is_learnt in branch:
@@ -152,33 +168,6 @@ def _row(
                 builder.skip(ids)
             position += len(builder.input_ids) - before
     return builder.row()
-
-
-def learnable(rows: Sequence[Row], samples: Sequence[InstructionSample]) -> list[Row]:
-    """The rows that hold a label; logs what the context cut off.
-
-    Raises:
-        InputError: More than 1 % of the rows hold none.
-    """
-    num_cut = sum(row.num_cut > 0 for row in rows)
-    if num_cut:
-        tokens = sum(row.num_cut for row in rows)
-        logger.warning(
-            "%s of %s samples are longer than the context: %s tokens cut off",
-            *(f"{count:,}" for count in (num_cut, len(rows), tokens)),
-        )
-    kept = [row for row in rows if len(row.labels)]
-    num_lost = len(rows) - len(kept)
-    if num_lost:
-        lost = next(number for number, row in enumerate(rows) if not len(row.labels))
-        fault = (
-            f"{num_lost:,} of {len(rows):,} samples have nothing to learn within the context,"
-            f" {samples[lost].source or f'sample {lost}'} for one"
-        )
-        if num_lost > MAX_LOST_SHARE * len(rows):
-            raise InputError(fault)
-        logger.warning("%s", fault)
-    return kept
 
 
 class _RowBuilder:

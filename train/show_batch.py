@@ -10,10 +10,12 @@ import click
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from train.instruction import build_rows, load_model
+from train.instruction import build_rows, picture_inputs
 from train.instruction_rows import PREFIX, Row
 from train.instruction_sources import load_sources
 from train.recipe import InstructionRecipe, Recipe
+from train.row_store import RowStore
+from train.starting_model import load_model
 from vision_moe import InputError
 
 
@@ -69,13 +71,14 @@ def show_batch(recipe: Recipe, count: int) -> Iterator[str]:
         raise InputError("--show-batch is for recipes of kind 'instruction'")
     model, processor = load_model(recipe)
     data = load_sources(recipe.data, recipe.seed)
-    rows = build_rows(recipe, model, processor, data)
+    _, num_image_tokens = picture_inputs(recipe, model, processor, data)
+    rows = build_rows(recipe, model, processor, data.samples, num_image_tokens)
     yield from describe_rows(rows, processor.tokenizer, model.config.image_token_id, count)
     data.skipped.report()
 
 
 def describe_rows(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, image_token_id: int, count: int
+    rows: RowStore, tokenizer: PreTrainedTokenizerBase, image_token_id: int, count: int
 ) -> Iterator[str]:
     """A heading and the text of each of the first ``count`` rows, and what they have in common."""
     for number, row in enumerate(rows[:count]):
@@ -87,7 +90,7 @@ def describe_rows(
             heading += f", {row.num_cut:,} tokens cut off"
         yield click.style(heading, bold=True)
         yield render_row(row, tokenizer, image_token_id)
-    tokens, labels = sum(map(len, rows)), sum(len(row.labels) for row in rows)
+    tokens, labels = sum(rows.lengths), sum(len(row.labels) for row in rows)
     legend = f"{click.style('learnt', fg='green')}, {click.style('masked', dim=True)}"
     yield (
         f"{len(rows):,} rows, {tokens:,} tokens, {labels:,} learnt ({labels / tokens:.1%}):"

@@ -9,13 +9,10 @@ from PIL import Image
 from mllm.prompts import ChatPrompts
 from train.instruction_rows import (
     InstructionSample,
-    Row,
     RowLimits,
     chat_row,
-    learnable,
     plain_row,
 )
-from vision_moe import InputError
 
 NUM_IMAGE_TOKENS = 16
 QUESTIONS = (
@@ -179,20 +176,3 @@ def test_every_branch_has_the_whole_context(prompts: ChatPrompts, limits: RowLim
     row = chat_row(sample, prompts, limits_of(prompts, longest - 1))
     assert row.num_cut == 1
     assert set(row.branch_ids) == {0, 1, 2, 3}
-
-
-def cut_rows(prompts: ChatPrompts, num_whole: int) -> tuple[list[Row], list[InstructionSample]]:
-    sample = InstructionSample((0,), QUESTIONS[:1], source="data.json, record 7")
-    whole = chat_row(sample, prompts, limits_of(prompts))
-    lost = chat_row(sample, prompts, limits_of(prompts, 20))
-    return [*[whole] * num_whole, lost], [sample] * (num_whole + 1)
-
-
-def test_rows_without_labels_are_left_out(prompts: ChatPrompts) -> None:
-    rows, samples = cut_rows(prompts, 100)
-    assert learnable(rows, samples) == rows[:-1]
-
-
-def test_too_many_rows_without_labels_stop_the_run(prompts: ChatPrompts) -> None:
-    with pytest.raises(InputError, match="1 of 51 .* data.json, record 7 for one"):
-        learnable(*cut_rows(prompts, 50))
