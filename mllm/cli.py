@@ -12,7 +12,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -56,11 +56,17 @@ def quickstart(out: Path, seed: int) -> None:
 @cli.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def upcycle(recipe: str, overrides: tuple[str, ...]) -> None:
+@click.option("--dry-run", is_flag=True, help="Show what would become experts, and train nothing.")
+def upcycle(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Turn a CLIP into a CLIP-MoE by diversified multiplet upcycling (DMU).
 
     RECIPE is the name of a shipped recipe, or a YAML file.
     """
+    if dry_run:
+        from train.dry_run import describe_upcycling
+
+        click.echo(describe_upcycling(_load_recipe(recipe, overrides, upcycles=True)))
+        return
     _run_recipe(recipe, overrides, upcycles=True)
 
 
@@ -86,6 +92,13 @@ def train(recipe: str, overrides: tuple[str, ...], show_batch: int | None) -> No
 
 def _run_recipe(name: str, overrides: tuple[str, ...], upcycles: bool) -> None:
     from train import run_recipe
+
+    folder = run_recipe(_load_recipe(name, overrides, upcycles))
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one says where it is
+        click.echo(folder)
+
+
+def _load_recipe(name: str, overrides: tuple[str, ...], upcycles: bool) -> Any:
     from train.config import load_recipe
     from train.recipe import UpcycleRecipe
     from vision_moe import InputError
@@ -94,9 +107,7 @@ def _run_recipe(name: str, overrides: tuple[str, ...], upcycles: bool) -> None:
     if isinstance(recipe, UpcycleRecipe) != upcycles:
         right = "train" if upcycles else "upcycle"
         raise InputError(f"recipe '{name}' is one for 'mllm {right}'")
-    folder = run_recipe(recipe)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one says where it is
-        click.echo(folder)
+    return recipe
 
 
 @cli.command("check-data")

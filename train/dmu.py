@@ -24,6 +24,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from train import stages
+from train.blocks import expert_sites, moe_config
 from train.config import save_resolved
 from train.contrastive import (
     LOG_FILE,
@@ -44,12 +45,10 @@ from train.stages import Stage, StageResult
 from vision_moe import (
     CLIPMoEModel,
     ClusterBatchSampler,
-    InputError,
     accumulate_labels,
     atomic_write_bytes,
     atomic_write_text,
     ffn_state_dict,
-    find_ffns,
     load_ffn_state_dict,
     moe_layers,
     num_occupied_clusters,
@@ -69,8 +68,6 @@ def run(recipe: UpcycleRecipe) -> Path:
 
 def run_stage(recipe: UpcycleRecipe, name: str) -> StageResult:
     """:func:`run` under a name; the time of the stages before is included."""
-    if recipe.top_k > recipe.num_experts:
-        raise InputError(f"'top_k' is {recipe.top_k}, but there are {recipe.num_experts} experts")
     mcl = mcl_stages(recipe)
     final = Stage(
         name,
@@ -83,10 +80,7 @@ def run_stage(recipe: UpcycleRecipe, name: str) -> StageResult:
         seconds = stages.run(final, _unreachable).seconds + log["seconds_of_stages"]
         return StageResult(final.fingerprint, seconds, skipped=True)
     base = start_model(recipe.model, recipe.pretrained, recipe.seed)
-    if base.config.moe is not None:
-        raise InputError(
-            f"{recipe.model}: a mixture of experts already; only a dense CLIP is upcycled"
-        )
+    moe_config(recipe, base)  # what it cannot be is told before anything trains
     pairs = load_pairs(recipe.data, base, recipe.seed)
     before = 0.0
     for number, stage in enumerate(mcl):
@@ -133,7 +127,7 @@ def train_stage(
     started = time.monotonic()
     history = train_contrastive(
         model,
-        [p for site in find_ffns(model) for p in site.module.parameters()],
+        [p for site in expert_sites(recipe, model) for p in site.module.parameters()],
         pairs,
         cluster_batches(sampler, recipe.stage.steps),
         recipe.stage,
@@ -216,7 +210,15 @@ def _assemble(
     experts = [ffn_state_dict(base)]
     experts += [load_file(stage.folder / EXPERT_FILE) for stage in mcl]
     generator = torch.Generator().manual_seed(recipe.seed)
-    model = upcycle(base, experts, top_k=recipe.top_k, generator=generator)
+    moe = moe_config(recipe, base)
+    model = upcycle(
+        base,
+        experts,
+        top_k=recipe.top_k,
+        vision_layers=moe["vision_layers"],
+        text_layers=moe["text_layers"],
+        generator=generator,
+    )
     routers: dict[str, nn.Parameter] = {}
     for name, layer in moe_layers(model).items():
         routers[name] = layer.router.weight  # type: ignore[assignment]

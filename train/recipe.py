@@ -4,10 +4,11 @@ Light to import. Counts start with ``num_``; learning rates are peaks; paths are
 them.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le, MinLen, Predicate
 
 Positive = Annotated[int, Gt(0)]
 PositiveFloat = Annotated[float, Gt(0)]
@@ -15,6 +16,11 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["cosine", "linear", "constant"]
+Blocks = (
+    Literal["all", "none", "every_second", "second_half", "odd_second_half"]
+    | Annotated[str, Predicate(lambda name: re.fullmatch(r"last_[1-9]\d*", name) is not None)]
+    | list[Annotated[int, Ge(0)]]
+)
 LogTo = Literal["none", "tensorboard", "trackio", "wandb"]
 
 
@@ -114,6 +120,12 @@ class UpcycleRecipe(Recipe):
     num_experts: Annotated[int, Ge(2)] = 4
     """The base and one expert for each stage."""
     top_k: Positive = 2
+    vision_blocks: Blocks = "all"
+    """Blocks of the image tower whose feed-forward networks become experts, and train in the
+    stages: ``all``, ``none``, ``last_2`` (or another number), ``every_second``, ``second_half``,
+    ``odd_second_half`` (CLIP-FMoE), or their numbers from 0."""
+    text_blocks: Blocks = "all"
+    """Of the text tower."""
     num_clusters: Annotated[int, Ge(2)] = 3
     """K, for each modality and stage."""
     stage_init: Literal["base", "previous"] = "previous"

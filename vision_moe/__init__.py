@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel
 
 from vision_moe import diagnostics, routing_survey
 from vision_moe.caption_sets import CaptionSet, read_caption_set
-from vision_moe.checkpoint import empty_model, load, save
+from vision_moe.checkpoint import empty_model, load, read_config, save
 from vision_moe.clustering import accumulate_labels, num_occupied_clusters, stage_labels
 from vision_moe.configuration import OPENAI_PREPROCESS, CLIPMoEConfig, CLIPMoEVisionConfig
 from vision_moe.convert import convert_clip_moe
@@ -29,6 +29,7 @@ from vision_moe.modeling import (
     CLIPMoEOutput,
     CLIPMoEVisionModel,
     CLIPMoEVisionOutput,
+    open_clip_description,
 )
 from vision_moe.moe import MoEFeedForward, load_balancing_loss
 from vision_moe.preprocessing import open_image, to_rgb
@@ -117,10 +118,12 @@ __all__ = [
     "moe_layers",
     "no_library_progress_bars",
     "num_occupied_clusters",
+    "open_clip_description",
     "open_image",
     "read_caption_set",
     "read_class_folder",
     "pytorch_products",
+    "read_config",
     "record_routing",
     "retrieval_ranks",
     "retrieval_recall",

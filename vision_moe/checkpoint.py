@@ -30,7 +30,7 @@ def load(folder: str | os.PathLike[str]) -> CLIPMoEModel:
         InputError: the folder is missing, damaged, or not one of ours.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         model = empty_model(config)
     except Exception as error:
@@ -49,8 +49,13 @@ def load(folder: str | os.PathLike[str]) -> CLIPMoEModel:
 def empty_model(config: CLIPMoEConfig) -> CLIPMoEModel:
     """A model whose weights are on the meta device, for ``load_state_dict(..., assign=True)``;
     buffers that no checkpoint holds have their values."""
-    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-        return CLIPMoEModel(config)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with init_empty_weights(include_buffers=False):
+                return CLIPMoEModel(config)
+        except RuntimeError:
+            # timm's hybrids run a picture through themselves as they are built.
+            return CLIPMoEModel(config)
 
 
 def save(model: CLIPMoEModel, folder: str | os.PathLike[str]) -> None:
@@ -68,7 +73,13 @@ def save(model: CLIPMoEModel, folder: str | os.PathLike[str]) -> None:
         (aside / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
-def _read_config(folder: Path) -> CLIPMoEConfig:
+def read_config(folder: str | os.PathLike[str]) -> CLIPMoEConfig:
+    """The configuration of a folder of ours.
+
+    Raises:
+        InputError: the folder is missing, or not one of ours.
+    """
+    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     path = folder / "config.json"

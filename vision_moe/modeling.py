@@ -54,6 +54,29 @@ def _insert_moe(tower: nn.Module, moe: dict[str, Any], name: str) -> None:
     insert_moe(tower, moe[f"{name}_layers"], moe["num_experts"], moe["top_k"], ranks=ranks)
 
 
+# CoCa's captioning decoder is left out: contrastive training gives it no gradient, an MLLM has a
+# language model in its place, and neither of the two towers reads it.
+_DECODER = "text_decoder."
+
+
+def open_clip_description(name: str, pretrained: str | None = None) -> dict[str, Any]:
+    """open_clip's description of one of its models, with the activation of its weights.
+
+    Args:
+        name: as open_clip lists it.
+        pretrained: a tag of its weights.
+    """
+    description: dict[str, Any] | None = open_clip.get_model_config(name)
+    if description is None:
+        raise InputError(f"open_clip knows no model named {name!r}")
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    # Weights that were trained with QuickGELU are degraded by exact GELU.
+    description["quick_gelu"] = bool(description.get("quick_gelu") or tag.get("quick_gelu"))
+    description.pop("custom_text", None)
+    description.pop("multimodal_cfg", None)
+    return description
+
+
 class _CLIPMoEPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
@@ -163,8 +186,6 @@ class CLIPMoEModel(_CLIPMoEPreTrainedModel):
         super().__init__(config)
         assert config.open_clip_config is not None and config.preprocess is not None
         description = config.open_clip_config
-        if "multimodal_cfg" in description:
-            raise InputError("CoCa models have a decoder that CLIP-MoE does not hold")
         self.visual = build_vision_tower(description)
         self.text = build_text_tower(description)
         shape = [1] if description.get("nonscalar_logit_scale") else []
@@ -189,23 +210,19 @@ class CLIPMoEModel(_CLIPMoEPreTrainedModel):
             name: as open_clip lists it, such as ``ViT-L-14-336``.
             pretrained: a tag such as ``openai``, or a file; random weights without.
         """
-        description = open_clip.get_model_config(name)
-        if description is None:
-            raise InputError(f"open_clip knows no model named {name!r}")
-        tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
-        # Weights that were trained with QuickGELU are degraded by exact GELU.
-        description["quick_gelu"] = bool(description.get("quick_gelu") or tag.get("quick_gelu"))
+        description = open_clip_description(name, pretrained)
         source = open_clip.create_model(
             name,
             pretrained=pretrained,
             force_custom_text=True,
             force_quick_gelu=description["quick_gelu"],
         )
-        description.pop("custom_text", None)
         used = open_clip.get_model_preprocess_cfg(source)
         preprocess = {key: used[key] for key in OPENAI_PREPROCESS if used.get(key)}
         model = cls(CLIPMoEConfig(open_clip_config=description, preprocess=preprocess))
-        model.load_state_dict(source.state_dict())
+        weights = source.state_dict()
+        towers = {key: v for key, v in weights.items() if not key.startswith(_DECODER)}
+        model.load_state_dict(towers)
         return model.eval()
 
     @cached_property

@@ -38,6 +38,11 @@ class FFNSite:
         """Features in and out."""
         return _linears(self.module)[-1].out_features
 
+    @property
+    def hidden_size(self) -> int:
+        """Features between."""
+        return _linears(self.module)[-1].in_features
+
 
 def _linears(module: nn.Module) -> list[nn.Linear]:
     return [part for part in module.modules() if isinstance(part, nn.Linear)]
@@ -45,8 +50,12 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 
 def _is_ffn(module: nn.Module) -> bool:
     """Whether every linear layer but the last maps W -> H (or 2H, gate and value packed), and the
-    last H -> W."""
-    if hasattr(module, "num_heads") or isinstance(module, (nn.MultiheadAttention, MoEFeedForward)):
+    last H -> W; with nothing inside that mixes tokens, since tokens are routed one by one."""
+    if any(
+        hasattr(part, "num_heads")
+        or isinstance(part, (nn.MultiheadAttention, MoEFeedForward, nn.modules.conv._ConvNd))
+        for part in module.modules()
+    ):
         return False
     linears = _linears(module)
     if len(linears) < 2:

@@ -3,12 +3,18 @@
 B batch, L tokens of a sequence (CLS first, where there is one), D width, P features after pooling.
 """
 
+import json
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.model import _build_text_tower, _build_vision_tower
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
@@ -19,8 +25,9 @@ from vision_moe.surgery import find_ffns
 
 @dataclass(frozen=True)
 class VisionStates:
-    """``hidden_states``: the embeddings and then each block's output, all ``(B, L, D)``;
-    ``pooled`` ``(B, P)``: normalised, before the projection to CLIP's space."""
+    """``hidden_states``: the embeddings and then each block's output, all ``(B, L, D)``; L and D
+    of a convolutional tower change from stage to stage, and its maps are read row by row.
+    ``pooled`` ``(B, P)``: normalised, before the projection to CLIP's space where there is one."""
 
     hidden_states: tuple[Tensor, ...]
     pooled: Tensor
@@ -38,21 +45,20 @@ class VisionDimensions:
     patch_size: int | list[int]
 
 
-def build_vision_tower(open_clip_config: dict[str, Any]) -> VisionTransformer | TimmModel:
+def build_vision_tower(open_clip_config: dict[str, Any]) -> nn.Module:
     """open_clip's vision tower with open_clip's own random initialisation."""
-    vision_cfg = dict(open_clip_config["vision_cfg"])
+    # CoCa asks for its decoder's tokens too, and there is no decoder here.
+    vision_cfg = {**open_clip_config["vision_cfg"], "output_tokens": False}
     if vision_cfg.get("timm_model_name"):
         vision_cfg["timm_model_pretrained"] = False        # weights come from the checkpoint
     quick_gelu = bool(open_clip_config.get("quick_gelu"))
-    tower = _build_vision_tower(open_clip_config["embed_dim"], vision_cfg, quick_gelu)
-    if not isinstance(tower, (VisionTransformer, TimmModel)):
-        raise InputError(f"a {type(tower).__name__} vision tower has no transformer blocks")
+    tower: nn.Module = _build_vision_tower(open_clip_config["embed_dim"], vision_cfg, quick_gelu)
     return tower
 
 
 def build_text_tower(open_clip_config: dict[str, Any]) -> nn.Module:
     """open_clip's text tower with open_clip's own random initialisation."""
-    text_cfg = dict(open_clip_config["text_cfg"])
+    text_cfg = {**open_clip_config["text_cfg"], "output_tokens": False}
     if text_cfg.get("hf_model_name"):
         text_cfg["hf_model_pretrained"] = False
     quick_gelu = bool(open_clip_config.get("quick_gelu"))
@@ -102,6 +108,9 @@ def vision_states(visual: nn.Module, pixel_values: Tensor) -> VisionStates:
     """
     if isinstance(visual, VisionTransformer):
         return _open_clip_states(visual, pixel_values)
+    if isinstance(visual, ModifiedResNet):
+        layers = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
+        return _watched_states([b for layer in layers for b in layer], visual, pixel_values)
     assert isinstance(visual, TimmModel)
     return _timm_states(visual, pixel_values)
 
@@ -118,37 +127,71 @@ def _open_clip_states(visual: VisionTransformer, pixel_values: Tensor) -> Vision
 
 
 def _timm_states(visual: TimmModel, pixel_values: Tensor) -> VisionStates:
-    trunk = visual.trunk
-    if not all(hasattr(trunk, part) for part in ("patch_embed", "_pos_embed", "norm_pre")):
-        raise InputError(f"timm model {type(trunk).__name__}: hidden states of a ViT only")
-    x = trunk._pos_embed(trunk.patch_embed(pixel_values))
-    x = trunk.norm_pre(trunk.patch_drop(x))
-    hidden_states = [x]
-    for block in trunk.blocks:
-        hidden_states.append(block(hidden_states[-1]))
-    pooled = trunk.forward_head(trunk.norm(hidden_states[-1]), pre_logits=True)
-    return VisionStates(tuple(hidden_states), pooled)
+    trunk: Any = visual.trunk
+
+    def pooled(x: Tensor) -> Tensor:
+        features: Tensor = trunk.forward_head(trunk.forward_features(x), pre_logits=True)
+        return features if features.dim() == 2 else visual.head.pool(features)
+
+    channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+    return _watched_states(_timm_blocks(trunk), pooled, pixel_values, channels_last)
+
+
+def _timm_blocks(trunk: nn.Module) -> list[nn.Module]:
+    """A ViT's ``blocks``; of a tower in stages the ``blocks`` of each."""
+    blocks = getattr(trunk, "blocks", None)
+    if isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        return list(blocks)
+    found = [m for name, m in trunk.named_modules() if name.rsplit(".", 1)[-1] == "blocks"]
+    if not found:
+        raise InputError(
+            f"a vision tower of timm's {type(trunk).__name__} has no blocks whose outputs a"
+            " language model could read; its text tower can be upcycled, and images be encoded"
+        )
+    return [block for container in found for block in container.children()]
+
+
+def _watched_states(
+    blocks: Sequence[nn.Module],
+    run: Callable[[Tensor], Tensor],
+    pixel_values: Tensor,
+    channels_last: bool = False,
+) -> VisionStates:
+    """Keep what goes into the first block and comes out of each while ``run`` pools an image."""
+    thread = threading.get_ident()                         # requests served side by side: this one
+    states: dict[int, Tensor] = {}
+
+    def tokens(x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return x
+        return x.flatten(1, 2) if channels_last else x.flatten(2).transpose(1, 2)
+
+    def before(_module: nn.Module, inputs: Any) -> None:
+        if threading.get_ident() == thread:
+            states[0] = tokens(inputs[0])
+
+    def after(number: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if threading.get_ident() == thread:
+                states[number] = tokens(output)
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.callback(blocks[0].register_forward_pre_hook(before).remove)
+        for number, block in enumerate(blocks, start=1):
+            stack.callback(block.register_forward_hook(after(number)).remove)
+        pooled = run(pixel_values)
+    return VisionStates(tuple(states[number] for number in range(len(blocks) + 1)), pooled)
 
 
 def vision_dimensions(open_clip_config: dict[str, Any]) -> VisionDimensions:
     """Read a tower's dimensions from its configuration."""
     vision_cfg = open_clip_config["vision_cfg"]
     image_size = vision_cfg.get("image_size", 224)
-    if vision_cfg.get("timm_model_name"):
-        with torch.device("meta"):                        # shapes alone: no memory, no time
-            visual = build_vision_tower(open_clip_config)
-        trunk: Any = visual.trunk
-        sites = find_ffns(visual)
-        hidden_size = trunk.num_features
-        return VisionDimensions(
-            hidden_size=hidden_size,
-            intermediate_size=next(sites[-1].module.parameters()).shape[0] if sites else 0,
-            num_hidden_layers=len(sites),
-            num_attention_heads=getattr(trunk.blocks[0].attn, "num_heads", 1),
-            image_size=image_size,
-            patch_size=_scalar_if_square(trunk.patch_embed.patch_size),
-        )
     width = vision_cfg.get("width", 768)
+    if vision_cfg.get("timm_model_name") or isinstance(vision_cfg.get("layers"), (list, tuple)):
+        return _measured_dimensions(json.dumps(open_clip_config, sort_keys=True))
     return VisionDimensions(
         hidden_size=width,
         intermediate_size=int(width * vision_cfg.get("mlp_ratio", 4.0)),
@@ -156,6 +199,36 @@ def vision_dimensions(open_clip_config: dict[str, Any]) -> VisionDimensions:
         num_attention_heads=width // vision_cfg.get("head_width", 64),
         image_size=_scalar_if_square(image_size),
         patch_size=_scalar_if_square(vision_cfg.get("patch_size", 16)),
+    )
+
+
+@lru_cache(maxsize=32)
+def _measured_dimensions(open_clip_config: str) -> VisionDimensions:
+    """Dimensions of a tower whose configuration does not tell them, from a blank picture."""
+    description = json.loads(open_clip_config)
+    size = description["vision_cfg"].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.device("meta"), torch.no_grad():            # shapes alone: no memory, no time
+        visual = build_vision_tower(description).eval()
+        try:
+            states = vision_states(visual, torch.zeros(1, 3, height, width)).hidden_states
+        except InputError:                                 # images are encoded, no more
+            trunk: Any = visual.trunk
+            return VisionDimensions(trunk.num_features, 0, 0, 1, size, 32)
+    sites = find_ffns(visual)
+    num_tokens, hidden_size = states[-1].shape[1:]
+    # A few tokens beside those of the map: CLS, registers.
+    patch = round((height * width / num_tokens) ** 0.5)
+    while (height // patch) * (width // patch) > num_tokens:
+        patch += 1
+    heads = [getattr(module, "num_heads", None) for module in visual.modules()]
+    return VisionDimensions(
+        hidden_size=hidden_size,
+        intermediate_size=sites[-1].hidden_size if sites else 0,
+        num_hidden_layers=len(states) - 1,
+        num_attention_heads=next((h for h in reversed(heads) if isinstance(h, int)), 1),
+        image_size=_scalar_if_square(size),
+        patch_size=patch,
     )
 
 

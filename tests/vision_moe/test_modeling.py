@@ -203,9 +203,3 @@ def test_unnormalised_by_default_and_unit_length_on_demand(
 def test_sigmoid_clip_keeps_its_bias(tiny_config: dict[str, Any]) -> None:
     clip = CLIPMoEModel(CLIPMoEConfig(open_clip_config={**tiny_config, "init_logit_bias": -10}))
     assert clip.logit_bias is not None and clip.logit_bias.item() == -10
-
-
-def test_resnet_tower_is_refused(tiny_config: dict[str, Any]) -> None:
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}
-    with pytest.raises(InputError, match="no transformer blocks"):
-        CLIPMoEModel(CLIPMoEConfig(open_clip_config={**tiny_config, "vision_cfg": vision}))

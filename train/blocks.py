@@ -1,0 +1,77 @@
+"""Which blocks of a CLIP become mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from train.recipe import UpcycleRecipe
+from vision_moe import CLIPMoEModel, FFNSite, InputError, find_ffns
+
+
+def chosen_blocks(choice: str | Sequence[int], tower: nn.Module) -> list[int]:
+    """The blocks of a tower that ``choice`` stands for, numbered as ``find_ffns`` does.
+
+    Args:
+        choice: see :class:`train.recipe.UpcycleRecipe`.
+        tower: dense.
+    """
+    numbers = [site.layer_index for site in find_ffns(tower)]
+    half = len(numbers) // 2
+    if not isinstance(choice, str):
+        if unknown := sorted(set(choice) - set(numbers)):
+            raise InputError(
+                f"block(s) {unknown} have no feed-forward network in {type(tower).__name__}:"
+                f" it has {len(numbers)} of them, from 0"
+            )
+        return sorted(set(choice))
+    named = {
+        "all": numbers,
+        "none": [],
+        "every_second": numbers[1::2],
+        "second_half": numbers[half:],
+        "odd_second_half": [number for number in numbers[half:] if number % 2],
+    }
+    return named[choice] if choice in named else numbers[-int(choice.removeprefix("last_")) :]
+
+
+def moe_config(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, Any]:
+    """``CLIPMoEConfig.moe`` of what the recipe makes of a dense model.
+
+    Raises:
+        InputError: the model is no dense one, or nothing of it becomes a mixture.
+    """
+    if model.config.moe is not None:
+        raise InputError(
+            f"{recipe.model}: a mixture of experts already; only a dense CLIP is upcycled"
+        )
+    if recipe.top_k > recipe.num_experts:
+        raise InputError(f"'top_k' is {recipe.top_k}, but there are {recipe.num_experts} experts")
+    vision = chosen_blocks(recipe.vision_blocks, model.visual)
+    text = chosen_blocks(recipe.text_blocks, model.text)
+    if not vision and not text:
+        raise InputError(
+            f"none of the chosen blocks has a feed-forward network: {type(model.visual).__name__}"
+            f" ('vision_blocks: {recipe.vision_blocks}') has {len(find_ffns(model.visual))},"
+            f" {type(model.text).__name__} ('text_blocks: {recipe.text_blocks}')"
+            f" {len(find_ffns(model.text))}"
+        )
+    return {
+        "num_experts": recipe.num_experts,
+        "top_k": recipe.top_k,
+        "vision_layers": vision,
+        "text_layers": text,
+    }
+
+
+def expert_sites(recipe: UpcycleRecipe, model: CLIPMoEModel) -> list[FFNSite]:
+    """The feed-forward networks that become experts, named from the whole model."""
+    moe = moe_config(recipe, model)
+    sites = []
+    for tower, layers in (("visual", moe["vision_layers"]), ("text", moe["text_layers"])):
+        for site in find_ffns(model.get_submodule(tower)):
+            if site.layer_index in layers:
+                sites.append(FFNSite(f"{tower}.{site.name}", site.module, site.layer_index))
+    return sites
