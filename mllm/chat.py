@@ -31,6 +31,7 @@ from transformers import (
 
 from mllm.generation import encode_images
 from mllm.prompts import ChatPrompts, Question, clean_text
+from mllm.tiles import num_image_tokens
 from vision_moe import InputError
 
 # Pictures whose connector outputs are kept: a follow-up does not encode its picture again.
@@ -100,7 +101,7 @@ class ChatModel:
         sampling = sampling or Sampling()
         if not clean_text(turns[-1].question):
             raise InputError("the question is empty")
-        num_pictures = sum(len(turn.images) for turn in turns)
+        images = [image for turn in turns for image in turn.images]
         # A token is hardly ever longer than 16 characters: what cannot fit is not tokenised at all.
         if len(turns[-1].question) > 16 * self.context_length:
             raise InputError(
@@ -108,13 +109,15 @@ class ChatModel:
                 f" holds {self.context_length:,} tokens"
             )
         ids = self._conversation_ids(turns)
-        length = len(ids) + num_pictures * (self.model.config.image_seq_length - 1)
+        length = len(ids) + sum(
+            num_image_tokens(self.model, self.processor, image) - 1 for image in images
+        )
         if length + sampling.max_new_tokens > self.context_length:
             raise InputError(
                 f"the conversation has {length} tokens, and the language model holds"
                 f" {self.context_length} with an answer of up to {sampling.max_new_tokens}"
             )
-        return self._stream(ids, [image for turn in turns for image in turn.images], sampling)
+        return self._stream(ids, images, sampling)
 
     def _conversation_ids(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids up to the header of the last answer, one placeholder for each picture."""

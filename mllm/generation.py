@@ -22,6 +22,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mllm.decoding import Decoder, Prefixes
 from mllm.prompts import ChatPrompts
+from mllm.tiles import is_tiled
 from vision_moe import InputError
 
 # Questions that are sorted by length together, in batches.
@@ -119,6 +120,8 @@ class Answerer:
         width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         token_bytes = 2 * config.num_hidden_layers * heads * width * self._model.dtype.itemsize
         most_images = max(self._batch_size, _PREFIX_BYTES // (token_bytes * self._num_opening))
+        if is_tiled(self._model):  # prefixes that share a batch have one length
+            most_images = 1
         most_questions = _BATCHES_SORTED * self._batch_size
         chunk: list[Hashable] = []
         num_questions = 0
@@ -147,8 +150,11 @@ class Answerer:
         ids: dict[Request, list[int]] = {}
         for request in (request for key in shown for request in by_image[key]):
             question = self._prompts.question_ids(request.question, after_image=with_image)
-            if self._num_opening + len(question) > self._longest:
-                fault = f"a prompt of {self._num_opening + len(question)} tokens is too long"
+            length = self._num_opening + len(question)
+            if features is not None:
+                length += features.shape[1] - self._model.config.image_seq_length
+            if length > self._longest:
+                fault = f"a prompt of {length} tokens is too long"
                 yield request, Answer("", fault=fault)
             else:
                 ids[request] = question
@@ -185,7 +191,8 @@ class Answerer:
             image_features(self._model, self._processor, images[start : start + self._batch_size])
             for start in range(0, len(images), self._batch_size)
         ]
-        return torch.cat(parts) if parts else None, faults
+        encoded = [features for part in parts for features in part]
+        return torch.stack(encoded) if encoded else None, faults
 
     def _prefixes(self, features: Tensor | None) -> Prefixes:
         """Keys and values of what stands before the questions, a row for each picture."""
@@ -297,12 +304,11 @@ def encode_images(
 
 def image_features(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Sequence[Image.Image]
-) -> Tensor:
-    """Connector outputs ``(number of pictures, N, D)``."""
+) -> list[Tensor]:
+    """Connector outputs ``(N, D)`` of each picture."""
     weight = model.get_input_embeddings().weight
-    pixels = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-    output: Any = model.get_image_features(
-        pixel_values=pixels.to(weight.device, weight.dtype), return_dict=True
-    )
-    pooled = output.pooler_output
-    return pooled if isinstance(pooled, Tensor) else torch.stack(list(pooled))
+    shown = processor.image_processor(list(images), return_tensors="pt")
+    pixels = shown.pop("pixel_values").to(weight.device, weight.dtype)
+    # A model that is shown tiles also reads the pictures' sizes.
+    output: Any = model.get_image_features(pixel_values=pixels, **shown, return_dict=True)
+    return list(output.pooler_output)

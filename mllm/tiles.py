@@ -100,6 +100,13 @@ def num_views(model: Any, size: tuple[int, int]) -> int:
     return int(image_size_to_num_patches(list(size), pinpoints, side))
 
 
+def num_image_tokens(model: Any, processor: Any, image: Image.Image) -> int:
+    """Placeholders of a picture, of any LLaVA model."""
+    if not is_tiled(model):
+        return int(model.config.image_seq_length)
+    return num_picture_tokens(model, processor, (image.height, image.width))
+
+
 def num_picture_tokens(model: Any, processor: Any, size: tuple[int, int]) -> int:
     """Placeholders of a picture of that height and width."""
     side = model.config.vision_config.image_size

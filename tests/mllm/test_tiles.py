@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
+from mllm.chat import ChatSession
+from mllm.generation import Request, generate_answers
 from mllm.images import with_images
 from mllm.model import build_llava, load_mllm, save_mllm
 from mllm.tiles import num_picture_tokens, num_views, pack_views, tile_views, view_processor
@@ -115,3 +117,30 @@ def test_model_that_stock_classes_cannot_tile_is_refused(
     built = build_llava(language_model, tokenizer, tower, image_processor, **options)
     with pytest.raises(InputError, match=fault):
         with_images(*built, mode="tiles")
+
+
+def test_model_answers_in_a_batch_and_in_a_chat_as_the_stock_class_does(tiled: Any) -> None:
+    model, processor = tiled
+    images = {"wide": noise(100, 40), "small": noise(20, 20), "high": noise(40, 100)}
+    requests = [Request(key, "is it red?") for key in images]
+    answers = generate_answers(model, processor, requests, images.__getitem__, 4, progress=False)
+    for answer, image in zip(answers, images.values(), strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": "is it red?"}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = processor(images=image, text=text, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        stock = processor.tokenizer.decode(
+            ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        assert answer == stock.strip()
+        said = "".join(ChatSession(model, processor, image, max_new_tokens=4).ask("is it red?"))
+        assert said.strip() == answer
+
+
+def test_conversation_that_the_tiles_make_too_long_is_told(tiled: Any) -> None:
+    model, processor = tiled
+    model.config.text_config.max_position_embeddings = 100
+    with pytest.raises(InputError, match="the language model holds 100"):
+        list(ChatSession(model, processor, noise(200, 200), max_new_tokens=4).ask("is it red?"))
