@@ -185,8 +185,10 @@ def tower_features(
     processor: LlavaProcessor,
     data: InstructionData,
     image_processor: Any = None,
+    cache: Path | None = None,
 ) -> TowerFeatures:
-    """What the connector reads of every picture, as the processor or another shows it."""
+    """What the connector reads of every picture, as the processor or another shows it; kept in the
+    user's cache by default."""
     layer = model.config.vision_feature_layer
     if not isinstance(layer, int):
         raise InputError(f"'vision_feature_layer' of the MLLM is {layer}, it must be one layer")
@@ -198,6 +200,7 @@ def tower_features(
         layer=layer,
         drop_first=model.config.vision_feature_select_strategy == "default",
         bf16=use_bf16(recipe.tower_precision or recipe.precision),
+        cache=cache,
     )
 
 
