@@ -69,7 +69,7 @@ class Side:
         self.recipe = bench_recipe(job.part, job.source, job.precision, job.cache)
         self.model, self.processor = bench_model(job.part, job.checkpoint)
         self.data = load_sources(self.recipe.data, job.seed)
-        self.rows = build_rows(self.recipe, self.model, self.processor, self.data)
+        self.rows = build_rows(self.recipe, self.model, self.processor, self.data.samples)
         self.parts = set_parts(self.recipe, self.model)
         lengths = [len(row) for row in self.rows]
         rng = np.random.default_rng(job.seed)
