@@ -127,7 +127,7 @@ def _assemble(
     return model.eval()
 
 
-def put_tower(model: LlavaForConditionalGeneration, tower: PreTrainedModel, name: str) -> None:
+def put_tower(model: Any, tower: PreTrainedModel, name: str) -> None:
     """Give a model another vision tower, in place; connector and language model stay.
 
     Raises:
@@ -164,7 +164,7 @@ def put_tower(model: LlavaForConditionalGeneration, tower: PreTrainedModel, name
     model.model.vision_tower = tower.to(weight.device, weight.dtype).train(is_training)
 
 
-def fit_processor(processor: LlavaProcessor, model: LlavaForConditionalGeneration) -> None:
+def fit_processor(processor: Any, model: Any) -> None:
     """Tell the processor how many placeholders a picture has.
 
     The stock processor counts patches and what is beside them. Where the connector changes their

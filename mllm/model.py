@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,8 +27,13 @@ from transformers import (
 )
 
 from mllm.building import build_llava, fit_processor, put_tower, upcycle_connector
+from mllm.images import DEFAULT_GRID, ImageMode, image_processor_for
 from mllm.modeling import ConnectorLlavaConfig
+from mllm.tiles import is_tiled
 from vision_moe import CLIPMoEVisionModel, InputError, atomic_directory, no_library_progress_bars
+
+#: A LLaVA or LLaVA-NeXT model.
+Llava = TypeVar("Llava", bound=PreTrainedModel)
 
 __all__ = [
     "build_llava",
@@ -116,24 +121,38 @@ def _not_llava(name: str | Path, model_type: str | None) -> str:
 
 
 def replace_vision_tower(
-    model: LlavaForConditionalGeneration,
+    model: Llava,
     folder: str | Path,
-    processor: LlavaProcessor | None = None,
-) -> LlavaForConditionalGeneration:
+    processor: Any = None,
+) -> Llava:
     """Give an existing LLaVA model another vision tower, in place; connector and LM stay.
 
     Args:
-        model: Any LLaVA checkpoint, from anywhere.
+        model: Any LLaVA or LLaVA-NeXT checkpoint, from anywhere.
         folder: A CLIP-MoE folder (dense or MoE), or any folder or hub name of a vision model.
-        processor: The model's processor; brought into line (picture size, patches) when given.
+        processor: The model's processor; brought into line (picture size, patches) when given;
+            pictures are padded, or cut in as many tiles, as before.
 
     Raises:
         InputError: The new tower's features do not fit the connector.
     """
+    old_size = model.config.vision_config.image_size
     tower = load_vision_tower(folder)
     put_tower(model, tower, str(folder))
+    size = tower.config.image_size
+    grid: Any = DEFAULT_GRID
+    if is_tiled(model):
+        grid = [[side // old_size for side in sides] for sides in model.config.image_grid_pinpoints]
+        pinpoints = [[number * size for number in numbers] for numbers in grid]
+        model.config.image_grid_pinpoints = pinpoints
     if processor is not None:
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder)
+        mode: ImageMode = "tiles" if is_tiled(model) else "square"
+        if getattr(processor.image_processor, "do_pad", False) and not is_tiled(model):
+            mode = "pad"
+        shown = AutoImageProcessor.from_pretrained(folder)
+        if mode != "square":
+            shown = image_processor_for(shown, size, mode, grid)
+        processor.image_processor = shown
         fit_processor(processor, model)
     return model
 

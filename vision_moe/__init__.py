@@ -3,7 +3,7 @@
 Importing the package registers its classes with transformers' Auto* classes.
 """
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification
 
 from vision_moe import diagnostics, routing_survey
 from vision_moe.caption_sets import CaptionSet, read_caption_set
@@ -70,6 +70,7 @@ from vision_moe.zero_shot import (
 AutoConfig.register(CLIPMoEConfig.model_type, CLIPMoEConfig)
 AutoConfig.register(CLIPMoEVisionConfig.model_type, CLIPMoEVisionConfig)
 AutoModel.register(CLIPMoEConfig, CLIPMoEModel)
+AutoModelForZeroShotImageClassification.register(CLIPMoEConfig, CLIPMoEModel)
 AutoModel.register(CLIPMoEVisionConfig, CLIPMoEVisionModel)
 
 __all__ = [

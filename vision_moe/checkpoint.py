@@ -1,7 +1,7 @@
-"""CLIP-MoE folders: config.json, model.safetensors, preprocessor_config.json.
+"""CLIP-MoE folders: config.json, model.safetensors, preprocessor_config.json, tokenizer files.
 
-The tokenizer is open_clip's, described by ``open_clip_config.text_cfg`` in config.json. Weights are
-safetensors, never pickles.
+The tokenizer is open_clip's, described by ``open_clip_config.text_cfg`` in config.json; the files
+are for transformers. Weights are safetensors, never pickles.
 """
 
 import json
@@ -16,7 +16,6 @@ from vision_moe.configuration import CLIPMoEConfig, CLIPMoEVisionConfig
 from vision_moe.errors import InputError
 from vision_moe.files import atomic_directory
 from vision_moe.modeling import CLIPMoEModel
-from vision_moe.preprocessing import image_processor_config
 from vision_moe.quiet import no_library_progress_bars
 
 WEIGHTS = "model.safetensors"
@@ -60,17 +59,12 @@ def empty_model(config: CLIPMoEConfig) -> CLIPMoEModel:
 
 def save(model: CLIPMoEModel, folder: str | os.PathLike[str]) -> None:
     """Write a model, whole or not at all; an existing folder of that name is replaced."""
-    config = model.config
-    assert config.open_clip_config is not None and config.preprocess is not None
-    image_size = config.open_clip_config["vision_cfg"].get("image_size", 224)
-    processor = image_processor_config(image_size, **config.preprocess)
     with atomic_directory(folder) as aside, no_library_progress_bars():
         try:
             # One file, whatever its size: `load` reads no index.
             model.save_pretrained(aside, max_shard_size="1000GB")
         except SafetensorError as error:
             raise InputError(f"{folder}: the weights cannot be written ({error})") from error
-        (aside / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
 def read_config(folder: str | os.PathLike[str]) -> CLIPMoEConfig:

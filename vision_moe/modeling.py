@@ -3,10 +3,12 @@
 B batch, L tokens of a sequence, D width, P dimensions of CLIP's common space, E experts.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -18,9 +20,10 @@ from transformers.utils import ModelOutput
 
 from vision_moe.configuration import OPENAI_PREPROCESS, CLIPMoEConfig, CLIPMoEVisionConfig
 from vision_moe.errors import InputError
-from vision_moe.preprocessing import build_preprocess
+from vision_moe.preprocessing import build_preprocess, image_processor_config
 from vision_moe.routing import record_routing
 from vision_moe.surgery import insert_moe
+from vision_moe.tokenizers import transformers_tokenizer
 from vision_moe.towers import (
     build_text_tower,
     build_tokenizer,
@@ -34,11 +37,17 @@ from vision_moe.towers import (
 @dataclass
 class CLIPMoEOutput(ModelOutput):
     """``image_features`` and ``text_features`` ``(B, P)``, not normalised; ``router_logits``: one
-    ``(B, L, E)`` tensor for each MoE block, vision first, empty for a dense model."""
+    ``(B, L, E)`` tensor for each MoE block, vision first, empty for a dense model.
+
+    ``logits_per_image`` ``(images, texts)`` and its transpose, where there are both: cosines times
+    the temperature's inverse.
+    """
 
     image_features: Tensor | None = None
     text_features: Tensor | None = None
     logit_scale: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
 
 
@@ -225,6 +234,20 @@ class CLIPMoEModel(_CLIPMoEPreTrainedModel):
         model.load_state_dict(towers)
         return model.eval()
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Configuration, weights, image processor and tokenizer, for ``from_pretrained`` of
+        transformers' Auto classes; :func:`vision_moe.save` writes them whole or not at all."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not (args[0] if args else kwargs.get("is_main_process", True)):
+            return
+        description, preprocess = self.config.open_clip_config, self.config.preprocess
+        assert description is not None and preprocess is not None
+        image_size = description["vision_cfg"].get("image_size", 224)
+        processor = json.dumps(image_processor_config(image_size, **preprocess), indent=2)
+        (Path(save_directory) / "preprocessor_config.json").write_text(f"{processor}\n")
+        if isinstance(self.tokenizer, open_clip.SimpleTokenizer) and is_causal(self.text):
+            transformers_tokenizer(self.tokenizer.context_length).save_pretrained(save_directory)
+
     @cached_property
     def tokenizer(self) -> Any:
         """``tokenizer(texts)`` -> ``(B, context_length)`` int64, padded."""
@@ -283,10 +306,18 @@ class CLIPMoEModel(_CLIPMoEPreTrainedModel):
         with record_routing(self) as record:
             image_features = None if pixel_values is None else self.encode_image(pixel_values)
             text_features = None if input_ids is None else self.encode_text(input_ids)
+        logits = None
+        if image_features is not None and text_features is not None:
+            normalize = nn.functional.normalize
+            cosines = normalize(image_features, dim=-1) @ normalize(text_features, dim=-1).T
+            logits = self.logit_scale.exp() * cosines
+            logits = logits if self.logit_bias is None else logits + self.logit_bias
         return CLIPMoEOutput(
             image_features=image_features,
             text_features=text_features,
             logit_scale=self.logit_scale,
+            logits_per_image=logits,
+            logits_per_text=None if logits is None else logits.T,
             router_logits=tuple(record.router_logits.values()),
         )
 

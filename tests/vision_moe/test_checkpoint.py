@@ -19,7 +19,13 @@ def folder(moe_clip: CLIPMoEModel, tmp_path: Path) -> Path:
 
 def test_folder_holds_what_the_interface_names(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert names == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_round_trip_is_exact(
