@@ -171,8 +171,7 @@ def _accumulated_labels(
     They are kept in ``workspace`` until the stage is whole, so that a run that was broken off in
     its training neither encodes nor clusters again.
     """
-    file, skipped_file = workspace / LABEL_FILE, workspace / "skipped.json"
-    seconds: dict[str, float] = {}
+    file, report = workspace / LABEL_FILE, workspace / "report.json"
     if not file.is_file():
         started = time.monotonic()
         shards = encode_to_shards(previous, pairs, recipe.precision, workspace / "features")
@@ -181,15 +180,16 @@ def _accumulated_labels(
             new = stage_labels(shards.image, shards.text, recipe.num_clusters, seed)
             labels = accumulate_labels(None if before is None else _labels_of(before), new)
             dtype = np.min_scalar_type(-int(labels.max()) - 1)  # a byte, for K up to 11
-            atomic_write_text(skipped_file, json.dumps(pairs.skipped))
+            seconds = {"features": encoded - started, "clustering": time.monotonic() - encoded}
+            skipped = list(pairs.skipped.items())
+            atomic_write_text(report, json.dumps({"skipped": skipped, "seconds": seconds}))
             atomic_write_bytes(file, save_bytes({"labels": torch.from_numpy(labels.astype(dtype))}))
         processes().wait_for_everyone()
-        seconds = {"features": encoded - started, "clustering": time.monotonic() - encoded}
         if processes().is_main_process:
             shards.remove()
-    skipped = json.loads(skipped_file.read_text(encoding="utf-8"))
-    pairs.skip({int(number): reason for number, reason in skipped.items()})
-    return _labels_of(file), seconds
+    content = json.loads(report.read_text(encoding="utf-8"))
+    pairs.skip(dict(content["skipped"]))
+    return _labels_of(file), content["seconds"]
 
 
 def _labels_of(file: Path) -> np.ndarray:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mllm.scenes import ScenesDataset, render_pictures
 from train.pair_files import PairSource, limit_of_skipped
 from train.pair_sources import open_source
+from train.processes import processes
 from train.recipe import ImageTextData
 from train.scene_world import scene_world
 from vision_moe import CLIPMoEModel, InputError
@@ -157,7 +158,7 @@ def _tell_of_long_captions(pairs: FilePairs, model: CLIPMoEModel) -> None:
     chosen = np.linspace(0, len(pairs) - 1, min(len(pairs), _NUM_CAPTIONS_LOOKED_AT)).astype(int)
     tokens = pairs.tokens(chosen)
     full = int(tokens[:, -1].ne(model.text.pad_id).sum())  # type: ignore[arg-type]
-    if full:
+    if full and processes().is_main_process:
         print(
             f"{full} of {len(chosen)} captions fill the text context of {tokens.shape[1]} tokens;"
             " what goes beyond it is cut off",
@@ -167,7 +168,7 @@ def _tell_of_long_captions(pairs: FilePairs, model: CLIPMoEModel) -> None:
 
 def tell_of_skipped(skipped: Mapping[int, str], num_pairs: int, listed_in: str) -> None:
     """Say how many pictures could not be read, if any."""
-    if skipped:
+    if skipped and processes().is_main_process:
         first = next(iter(skipped.values()))
         print(
             f"{len(skipped)} of {num_pairs} pictures could not be read and were skipped"

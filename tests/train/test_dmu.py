@@ -248,6 +248,8 @@ def test_broken_stage_neither_encodes_nor_clusters_again(
     monkeypatch.setattr(dmu, "encode_to_shards", forbidden)
     run_recipe(recipe)
     assert_equal(expert(tmp_path / "moe", 1), expert(upcycled, 1))
+    log = json.loads((stage_folder(tmp_path / "moe") / "stage_1/training_log.json").read_text())
+    assert log["seconds"].keys() == {"features", "clustering", "training"}
     assert [one.name for one in stage_folder(tmp_path / "moe").iterdir()] == ["stage_1"]
 
 
