@@ -336,6 +336,42 @@ def inspect(
 
 
 @cli.command()
+@click.argument("checkpoint")
+@click.option("--compare", metavar="OTHER", help="A second checkpoint that answers beside it.")
+@click.option("--base", help="Model that adapters stand on.  [default: what they name]")
+@click.option("--clip", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="CLIP-MoE of the Zero-shot tab.  [default: clip_moe beside CHECKPOINT]")
+@click.option("--dense-clip", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Its dense counterpart.  [default: clip beside CHECKPOINT]")
+@click.option("--load-in", type=click.Choice(["4bit", "8bit"]),
+              help="Quantise the language model (bitsandbytes).")
+@click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]),
+              help="[default: cuda where there is one, else cpu]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535),
+              help="[default: the first free one from 7860]")
+@click.option("--share", is_flag=True, help="Open a public address through Gradio's servers.")
+@click.option("--auth-file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Lines of user:password; nobody else gets in.")
+@click.option("--queue-size", type=click.IntRange(1), default=64, show_default=True,
+              help="Requests that may wait.")
+@click.option("--max-image-pixels", type=click.IntRange(1, 89_000_000), default=50_000_000,
+              show_default=True, help="Largest picture.")
+@click.option("--max-upload-megabytes", type=click.IntRange(1), default=50, show_default=True,
+              help="Largest file.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True,
+              help="Longest answer.")  # fmt: skip
+def demo(**options: Any) -> None:
+    """Talk with CHECKPOINT in a browser, and see what its experts look at.
+
+    CHECKPOINT is an MLLM folder, a LLaVA model in the Hugging Face format, or adapters on one.
+    """
+    from demo import DemoOptions, run_demo
+
+    run_demo(DemoOptions(**options))
+
+
+@cli.command()
 @click.argument("name")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--json", "json_file", type=click.Path(path_type=Path),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitsAndBytesConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -60,6 +61,7 @@ def load_mllm(
     name_or_path: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
+    load_in: Literal["4bit", "8bit"] | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load a LLaVA checkpoint: one of ours, or any other in the Hugging Face format.
 
@@ -67,6 +69,7 @@ def load_mllm(
         name_or_path: A local folder, or a name on the model hub.
         dtype: Type of the weights.
         device: Where to put them; a GPU when there is one by default.
+        load_in: Bits of the language model's linear layers (bitsandbytes); as stored by default.
 
     Raises:
         InputError: There is no such checkpoint, it is damaged, or it holds another kind of model.
@@ -76,13 +79,15 @@ def load_mllm(
         _check_folder(folder)
     elif folder.exists():
         raise InputError(f"'{folder}' is a file, not a checkpoint folder")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = _quantization(load_in, dtype, device) if load_in else {}
     try:
         config = AutoConfig.from_pretrained(name_or_path)
         if not isinstance(config, (LlavaConfig, LlavaNextConfig)):
             raise InputError(_not_llava(name_or_path, config.model_type))
         with no_library_progress_bars():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                name_or_path, dtype=dtype, output_loading_info=True
+                name_or_path, dtype=dtype, output_loading_info=True, **options
             )
             processor = AutoProcessor.from_pretrained(name_or_path)
     except InputError:
@@ -100,8 +105,21 @@ def load_mllm(
             f"'{name_or_path}': the checkpoint is damaged, {len(absent)} weights are missing,"
             f" '{absent[0]}' for one"
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().to(device), processor
+    return model.eval() if load_in else model.eval().to(device), processor
+
+
+def _quantization(load_in: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """What ``from_pretrained`` takes: tower, connector and head stay as they are."""
+    return {
+        "device_map": {"": device},
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=load_in == "4bit",
+            load_in_8bit=load_in == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+        ),
+    }
 
 
 def _check_folder(folder: Path) -> None:

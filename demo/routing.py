@@ -1,0 +1,114 @@
+"""Which expert each patch of a picture went to.
+
+N patches, E experts, K top-k, L tokens (CLS and patches).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mllm.chat import ChatModel
+from vision_moe import moe_layers, record_routing
+
+
+@dataclass(frozen=True)
+class BlockRouting:
+    """One MoE block.
+
+    Attributes:
+        name: ``block 3``, by the order of the MoE blocks.
+        experts: ``(N, K)``, the heaviest first.
+        weights: ``(N, K)``, each row summing to one.
+        num_experts: E.
+    """
+
+    name: str
+    experts: np.ndarray
+    weights: np.ndarray
+    num_experts: int
+
+    @property
+    def load(self) -> list[float]:
+        """The share of the picture's N * K choices that fell on each expert."""
+        return (self.tokens / self.experts.size).tolist()
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """``(E,)`` patches that went to each expert; a patch goes to K of them."""
+        return np.bincount(self.experts.ravel(), minlength=self.num_experts)
+
+    @property
+    def first_choices(self) -> np.ndarray:
+        """``(E,)`` patches whose heaviest expert each was."""
+        return np.bincount(self.experts[:, 0], minlength=self.num_experts)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A picture's way through the tower; ``image`` is what the tower sees of it.
+
+    ``grid`` is rows and columns of patches; a dense tower has no ``blocks``.
+    """
+
+    image: Image.Image
+    grid: tuple[int, int]
+    blocks: list[BlockRouting]
+
+    def as_json(self) -> dict[str, Any]:
+        """What the API returns."""
+        return {
+            "grid": list(self.grid),
+            "blocks": [
+                {
+                    "name": block.name,
+                    "load": block.load,
+                    "tokens": block.tokens.tolist(),
+                    "experts": block.experts.tolist(),
+                    "weights": block.weights.round(4).tolist(),
+                }
+                for block in self.blocks
+            ],
+        }
+
+
+def route(chat: ChatModel, picture: Image.Image) -> Routing:
+    """Run the tower on one picture and read its routers."""
+    tower = chat.model.model.vision_tower
+    weight = next(tower.parameters())
+    processor: Any = chat.processor
+    pixels = processor.image_processor([picture], return_tensors="pt")["pixel_values"]  # (1,3,H,W)
+    height, width = pixels.shape[-2:]
+    patch = tower.config.patch_size
+    grid = (height // patch, width // patch)
+    layers = moe_layers(tower)
+    blocks = []
+    if layers:
+        with torch.inference_mode(), record_routing(tower) as record:
+            tower(pixels.to(weight.device, weight.dtype))
+        num_patches = grid[0] * grid[1]
+        for number, (name, layer) in enumerate(layers.items()):
+            logits = record.router_logits[name][0, -num_patches:]  # without CLS, which is first
+            weights, experts = layer.route(logits)
+            blocks.append(
+                BlockRouting(
+                    f"block {number}",
+                    experts.cpu().numpy(),
+                    weights.float().cpu().numpy(),
+                    layer.num_experts,
+                )
+            )
+    return Routing(_visible(pixels[0], processor.image_processor), grid, blocks)
+
+
+def _visible(pixels: Tensor, image_processor: Any) -> Image.Image:
+    """The picture that the normalised ``(3, H, W)`` pixels are of."""
+    mean = torch.tensor(image_processor.image_mean)[:, None, None]
+    std = torch.tensor(image_processor.image_std)[:, None, None]
+    values = (pixels.float() * std + mean).clamp(0, 1) * 255
+    return Image.fromarray(values.round().byte().permute(1, 2, 0).numpy())
