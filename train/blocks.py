@@ -49,6 +49,16 @@ def moe_config(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, Any]:
         )
     if recipe.top_k > recipe.num_experts:
         raise InputError(f"'top_k' is {recipe.top_k}, but there are {recipe.num_experts} experts")
+    if recipe.experts == "low_rank" and recipe.method == "sparse":
+        raise InputError("'method: sparse' copies whole networks; its 'experts' must be 'full'")
+    if recipe.clusters == "parallel" and recipe.method in ("dmu", "shuffled_labels"):
+        if recipe.cluster_modality == "both":
+            raise InputError("'clusters: parallel' needs 'cluster_modality: image' or 'text'")
+        if recipe.num_clusters != recipe.num_experts - 1:
+            raise InputError(
+                f"'clusters: parallel' makes an expert of each cluster, beside the base:"
+                f" 'num_clusters' is {recipe.num_clusters}, 'num_experts' {recipe.num_experts}"
+            )
     vision = chosen_blocks(recipe.vision_blocks, model.visual)
     text = chosen_blocks(recipe.text_blocks, model.text)
     if not vision and not text:
@@ -58,12 +68,15 @@ def moe_config(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, Any]:
             f" {type(model.text).__name__} ('text_blocks: {recipe.text_blocks}')"
             f" {len(find_ffns(model.text))}"
         )
-    return {
+    moe: dict[str, Any] = {
         "num_experts": recipe.num_experts,
         "top_k": recipe.top_k,
         "vision_layers": vision,
         "text_layers": text,
     }
+    if recipe.experts == "low_rank":
+        moe |= {f"{t}_ranks": [recipe.rank] * len(moe[f"{t}_layers"]) for t in ("vision", "text")}
+    return moe
 
 
 def expert_sites(recipe: UpcycleRecipe, model: CLIPMoEModel) -> list[FFNSite]:

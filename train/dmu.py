@@ -2,7 +2,8 @@
 
 Stages 1 to N-1 of multistage contrastive learning each train the feed-forward networks on batches
 from one accumulated cluster; the base's and every stage's networks become the experts; a router is
-tuned with all else frozen.  Stages stand in ``<out>.stages`` and are not run again once whole.
+tuned with all else frozen. The recipe's ``method`` runs the baselines by the same code. Stages
+stand in ``<out>.stages`` and are not run again once whole.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from train.contrastive import (
     write_log,
 )
 from train.encoding import encode_to_shards
-from train.pair_batches import cluster_batches, random_batches
+from train.experts import expert_state, load_expert, trained_networks
+from train.pair_batches import EpochBatches, cluster_batches, random_batches
 from train.pair_sources import fingerprints
 from train.pairs import Pairs, load_pairs, tell_of_skipped
 from train.processes import processes
@@ -45,17 +47,20 @@ from train.stages import Stage, StageResult
 from vision_moe import (
     CLIPMoEModel,
     ClusterBatchSampler,
+    InputError,
     accumulate_labels,
     atomic_write_bytes,
     atomic_write_text,
     ffn_state_dict,
-    load_ffn_state_dict,
     moe_layers,
     num_occupied_clusters,
     save,
     stage_labels,
     upcycle,
 )
+
+#: Baselines of one run, without stages.
+_NAMES = {"sparse": "sparse upcycling", "direct": "direct fine-tuning"}
 
 EXPERT_FILE, LABEL_FILE = "expert.safetensors", "labels.safetensors"
 
@@ -70,10 +75,11 @@ def run_stage(recipe: UpcycleRecipe, name: str) -> StageResult:
     """:func:`run` under a name; the time of the stages before is included."""
     mcl = mcl_stages(recipe)
     final = Stage(
-        name,
+        _NAMES.get(recipe.method, name),
         Path(recipe.out),
         configuration(recipe),
-        [stage.fingerprint for stage in mcl],
+        # A baseline without stages rests on what they would rest on.
+        [stage.fingerprint for stage in mcl] or _inputs(recipe),
     )
     if final.check():
         log = json.loads((final.folder / LOG_FILE).read_text(encoding="utf-8"))
@@ -86,23 +92,32 @@ def run_stage(recipe: UpcycleRecipe, name: str) -> StageResult:
     for number, stage in enumerate(mcl):
         make = partial(train_stage, recipe, mcl, number, base, pairs)
         before += stages.run(stage, make).seconds
-    assemble = partial(_assemble, recipe, mcl, final, base, pairs, before)
-    result = stages.run(final, assemble)
+    if recipe.method == "direct":
+        result = stages.run(final, partial(_fine_tune, recipe, final, base, pairs))
+    else:
+        assemble = partial(_assemble, recipe, mcl, final, base, pairs, before)
+        result = stages.run(final, assemble)
     return StageResult(result.fingerprint, before + result.seconds, skipped=False)
 
 
 def mcl_stages(recipe: UpcycleRecipe) -> list[Stage]:
-    """Stages 1 to N-1, each resting on those before it."""
+    """Stages 1 to N-1, each resting on those before it; none of a baseline that has none."""
+    if recipe.method in _NAMES:
+        return []
     config = configuration(recipe)
     for later in ("router", "num_experts", "top_k"):
         config.pop(later)
-    inputs = [*model_inputs(recipe.model), *fingerprints(recipe.data)]
+    inputs = _inputs(recipe)
     made: list[Stage] = []
     for number in range(1, recipe.num_experts):
         folder = Path(f"{recipe.out}.stages") / f"stage_{number}"
         made.append(Stage(f"contrastive stage {number}", folder, config, inputs))
         inputs = [made[-1].fingerprint]
     return made
+
+
+def _inputs(recipe: UpcycleRecipe) -> list[str]:
+    return [*model_inputs(recipe.model), *fingerprints(recipe.data)]
 
 
 def train_stage(
@@ -115,47 +130,95 @@ def train_stage(
 ) -> None:
     """Cluster with the model of the stage before, then train this stage's feed-forward networks."""
     seed = recipe.seed + number + 1
-    previous = _model_of(mcl[number - 1], base) if number else base
+    sequential = recipe.method != "seeds" and recipe.clusters == "sequential"
+    previous = _model_of(recipe, mcl[number - 1], base) if number and sequential else base
     workspace = Path(f"{mcl[number].folder}.labels-{mcl[number].fingerprint[:12]}")
-    before = mcl[number - 1].folder / LABEL_FILE if number else None
-    labels, seconds = _accumulated_labels(recipe, workspace, before, previous, pairs, seed)
-    model = previous if recipe.stage_init == "previous" else base
-    model = copy.deepcopy(model) if model is base else model
-    sampler = ClusterBatchSampler(
-        labels, recipe.stage.batch_size, seed=seed, global_share=recipe.global_share
-    )
+    labels, seconds = _labels(recipe, mcl, number, previous, pairs, seed, workspace)
+    from_previous = sequential and recipe.stage_init == "previous" and previous is not base
+    model = previous if from_previous else copy.deepcopy(base)
+    networks = trained_networks(recipe, model, seed)
     started = time.monotonic()
     history = train_contrastive(
         model,
-        [p for site in expert_sites(recipe, model) for p in site.module.parameters()],
+        [parameter for network in networks.values() for parameter in network.parameters()],
         pairs,
-        cluster_batches(sampler, recipe.stage.steps),
+        _batches(recipe, number, labels, pairs, seed),
         recipe.stage,
         stage=mcl[number],
         seed=seed,
         precision=recipe.precision,
         save_steps=recipe.save_steps,
     )
-    save_file(ffn_state_dict(model), folder / EXPERT_FILE)
-    save_file({"labels": torch.from_numpy(labels)}, folder / LABEL_FILE)
+    save_file(expert_state(recipe, model), folder / EXPERT_FILE)
+    if labels is not None:
+        save_file({"labels": torch.from_numpy(labels)}, folder / LABEL_FILE)
     write_log(
         folder,
         training=asdict(recipe.stage),
         num_processes=processes().num_processes,
-        num_clusters=num_occupied_clusters(labels),
+        num_clusters=[] if labels is None else num_occupied_clusters(labels),
         skipped_pairs=pairs.skipped,
         seconds={**seconds, "training": time.monotonic() - started},
         history=history,
     )
     tell_of_skipped(pairs.skipped, len(pairs), f"{mcl[number].folder / LOG_FILE}")
     if processes().is_main_process:
-        shutil.rmtree(workspace)
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
-def _model_of(stage: Stage, base: CLIPMoEModel) -> CLIPMoEModel:
-    model = copy.deepcopy(base)
-    load_ffn_state_dict(model, load_file(stage.folder / EXPERT_FILE))
-    return model
+def _labels(
+    recipe: UpcycleRecipe,
+    mcl: Sequence[Stage],
+    number: int,
+    previous: CLIPMoEModel,
+    pairs: Pairs,
+    seed: int,
+    workspace: Path,
+) -> tuple[np.ndarray | None, dict[str, float]]:
+    """The accumulated labels ``(M, S)`` that a stage's batches follow, if they follow any."""
+    if recipe.method == "seeds":
+        return None, {}
+    before = mcl[number - 1].folder / LABEL_FILE if number else None
+    if before is not None and recipe.clusters == "parallel":
+        return _labels_of(before), {}  # all stages share the base's clusters
+    return _accumulated_labels(recipe, workspace, before, previous, pairs, seed)
+
+
+def _batches(
+    recipe: UpcycleRecipe, number: int, labels: np.ndarray | None, pairs: Pairs, seed: int
+) -> EpochBatches:
+    training = recipe.stage
+    if labels is None:
+        return random_batches(
+            len(pairs), training.batch_size, training.steps, seed, _skipped(pairs)
+        )
+    if recipe.method == "shuffled_labels":
+        labels = _exchanged(labels, seed)
+    if recipe.clusters == "parallel":
+        others = np.flatnonzero(labels[:, 0] != number)
+        if len(pairs) - len(others) < 2:
+            raise InputError(f"cluster {number} of {recipe.num_clusters}: fewer than two pairs")
+        return random_batches(len(pairs), training.batch_size, training.steps, seed, others)
+    sampler = ClusterBatchSampler(
+        labels, training.batch_size, seed=seed, global_share=recipe.global_share
+    )
+    return cluster_batches(sampler, training.steps)
+
+
+def _exchanged(labels: np.ndarray, seed: int) -> np.ndarray:
+    """The labels ``(M, S)`` dealt out anew: clusters of the same sizes that mean nothing."""
+    kept = np.flatnonzero((labels >= 0).all(axis=1))
+    exchanged = labels.copy()
+    exchanged[kept] = labels[np.random.default_rng([seed, 2]).permutation(kept)]
+    return exchanged
+
+
+def _skipped(pairs: Pairs) -> np.ndarray:
+    return np.array(sorted(pairs.skipped), np.int64)
+
+
+def _model_of(recipe: UpcycleRecipe, stage: Stage, base: CLIPMoEModel) -> CLIPMoEModel:
+    return load_expert(recipe, copy.deepcopy(base), load_file(stage.folder / EXPERT_FILE))
 
 
 def _accumulated_labels(
@@ -177,7 +240,9 @@ def _accumulated_labels(
         shards = encode_to_shards(previous, pairs, recipe.precision, workspace / "features")
         encoded = time.monotonic()
         if processes().is_main_process:
-            new = stage_labels(shards.image, shards.text, recipe.num_clusters, seed)
+            new = stage_labels(
+                shards.image, shards.text, recipe.num_clusters, seed, recipe.cluster_modality
+            )
             labels = accumulate_labels(None if before is None else _labels_of(before), new)
             dtype = np.min_scalar_type(-int(labels.max()) - 1)  # a byte, for K up to 11
             seconds = {"features": encoded - started, "clustering": time.monotonic() - encoded}
@@ -206,8 +271,10 @@ def _assemble(
     seconds_of_stages: float,
     folder: Path,
 ) -> None:
-    """Base and stages become the experts; then the routers train."""
-    experts = [ffn_state_dict(base)]
+    """Base and stages become the experts; then the routers train, of sparse upcycling the experts
+    with them."""
+    sparse = recipe.method == "sparse"
+    experts = [ffn_state_dict(base)] * (recipe.num_experts if sparse else 1)
     experts += [load_file(stage.folder / EXPERT_FILE) for stage in mcl]
     generator = torch.Generator().manual_seed(recipe.seed)
     moe = moe_config(recipe, base)
@@ -218,16 +285,26 @@ def _assemble(
         vision_layers=moe["vision_layers"],
         text_layers=moe["text_layers"],
         generator=generator,
+        rank=recipe.rank if recipe.experts == "low_rank" else None,
     )
+    layers = moe_layers(model)
     routers: dict[str, nn.Parameter] = {}
-    for name, layer in moe_layers(model).items():
+    for name, layer in layers.items():
         routers[name] = layer.router.weight  # type: ignore[assignment]
     start = {name: weight.detach().clone() for name, weight in routers.items()}
     training = recipe.router
-    left_out = np.flatnonzero((_labels_of(mcl[-1].folder / LABEL_FILE) < 0).any(axis=1))
+    parameters: list[nn.Parameter] = list(routers.values())
+    if sparse:
+        training = replace(
+            recipe.router, **{**asdict(recipe.stage), "steps": total_steps(recipe)}
+        )
+        parameters = [p for layer in layers.values() for p in layer.parameters()]
+    left_out = _skipped(pairs)
+    if mcl and (mcl[-1].folder / LABEL_FILE).is_file():
+        left_out = np.flatnonzero((_labels_of(mcl[-1].folder / LABEL_FILE) < 0).any(axis=1))
     history = train_contrastive(
         model,
-        list(routers.values()),
+        parameters,
         pairs,
         random_batches(len(pairs), training.batch_size, training.steps, recipe.seed, left_out),
         training,
@@ -246,6 +323,48 @@ def _assemble(
         seconds_of_stages=seconds_of_stages,
         router_change={name: _relative_change(start[name], w) for name, w in routers.items()},
         stages=[_stage_log(stage) for stage in mcl],
+        skipped_pairs=pairs.skipped,
+        history=history,
+    )
+
+
+def total_steps(recipe: UpcycleRecipe) -> int:
+    """Steps of all stages and the router: what a baseline without stages trains for."""
+    return recipe.stage.steps * (recipe.num_experts - 1) + recipe.router.steps
+
+
+def _fine_tune(
+    recipe: UpcycleRecipe, final: Stage, base: CLIPMoEModel, pairs: Pairs, folder: Path
+) -> None:
+    """The baseline that stays dense."""
+    training = replace(recipe.stage, steps=total_steps(recipe))
+    parameters = list(base.parameters())
+    if recipe.direct_parameters == "ffn":
+        sites = expert_sites(recipe, base)
+        parameters = [parameter for site in sites for parameter in site.module.parameters()]
+    batches = random_batches(
+        len(pairs), training.batch_size, training.steps, recipe.seed, _skipped(pairs)
+    )
+    history = train_contrastive(
+        base,
+        parameters,
+        pairs,
+        batches,
+        training,
+        stage=final,
+        seed=recipe.seed,
+        precision=recipe.precision,
+        save_steps=recipe.save_steps,
+    )
+    save(base, folder)
+    save_resolved(recipe, folder / RECIPE_FILE)
+    write_log(
+        folder,
+        training=asdict(training),
+        num_processes=processes().num_processes,
+        num_pairs=len(pairs),
+        seconds_of_stages=0.0,
+        skipped_pairs=pairs.skipped,
         history=history,
     )
 

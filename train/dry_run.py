@@ -15,6 +15,7 @@ from vision_moe import (
     CLIPMoEConfig,
     CLIPMoEModel,
     InputError,
+    LowRankExperts,
     find_ffns,
     moe_layers,
     open_clip_description,
@@ -62,8 +63,10 @@ def describe_upcycling(recipe: UpcycleRecipe) -> str:
     config.moe = moe
     with torch.device("meta"):
         sparse = CLIPMoEModel(config)
-    lines = [_networks("image tower", dense.visual, moe["vision_layers"], moe)]
-    lines += [_networks("text tower", dense.text, moe["text_layers"], moe)]
+    rank = recipe.rank if recipe.experts == "low_rank" else None
+    lines = [_plan(recipe)]
+    lines += [_networks("image tower", dense.visual, moe["vision_layers"], moe, rank)]
+    lines += [_networks("text tower", dense.text, moe["text_layers"], moe, rank)]
     sizes = [
         _size("image tower", dense.visual, sparse.visual, moe["vision_layers"]),
         _size("text tower", dense.text, sparse.text, moe["text_layers"]),
@@ -76,11 +79,30 @@ def describe_upcycling(recipe: UpcycleRecipe) -> str:
     return "\n\n".join([*lines, _table([header, *cells])])
 
 
-def _networks(name: str, tower: nn.Module, layers: list[int], moe: dict[str, object]) -> str:
+def _plan(recipe: UpcycleRecipe) -> str:
+    """What trains, and for how long."""
+    stages, steps = recipe.num_experts - 1, recipe.stage.steps
+    total = stages * steps + recipe.router.steps
+    if recipe.method == "direct":
+        what = "all parameters" if recipe.direct_parameters == "all" else "the networks below"
+        return f"direct: {what} of the dense CLIP train for {total:,} steps; it stays dense"
+    if recipe.method == "sparse":
+        return f"sparse: copies of the base and their routers train for {total:,} steps"
+    return (
+        f"{recipe.method}: {stages} stages of {steps:,} steps, then {recipe.router.steps:,} of the"
+        " routers"
+    )
+
+
+def _networks(
+    name: str, tower: nn.Module, layers: list[int], moe: dict[str, object], rank: int | None
+) -> str:
     sites = find_ffns(tower)
     if not sites:
         return f"{name} ({type(tower).__name__}): no feed-forward network of one shape; stays dense"
     experts = f"{moe['num_experts']} experts, top-{moe['top_k']}"
+    if rank is not None:
+        experts += f", rank {rank}"
     header = (f"{name}: block", "network", "width", "hidden", "parameters", "becomes")
     rows = [
         (
@@ -100,6 +122,9 @@ def _size(name: str, dense: nn.Module, sparse: nn.Module, layers: list[int]) -> 
     total = _count(sparse)
     idle = sum(layer.num_idle_parameters() for layer in moe_layers(sparse).values())
     trained = sum(_count(site.module) for site in find_ffns(dense) if site.layer_index in layers)
+    low_rank = [m for m in sparse.modules() if isinstance(m, LowRankExperts)]
+    if low_rank:
+        trained = sum(_count(experts.deltas) // (len(experts) - 1) for experts in low_rank)
     return TowerSize(name, _count(dense), total, total - idle, trained)
 
 

@@ -110,9 +110,17 @@ class ContrastiveRecipe(Recipe):
 
 @dataclass(kw_only=True)
 class UpcycleRecipe(Recipe):
-    """Diversified multiplet upcycling (arXiv 2409.19291): a dense CLIP becomes a CLIP-MoE."""
+    """Diversified multiplet upcycling (arXiv 2409.19291): a dense CLIP becomes a CLIP-MoE; and the
+    baselines that show what it is good for, at the same number of steps."""
 
     kind: Literal["upcycle"] = "upcycle"
+    method: Literal["dmu", "shuffled_labels", "seeds", "sparse", "direct"] = "dmu"
+    """``shuffled_labels``: DMU, its clusters' pairs exchanged at random; ``seeds``: stages from the
+    base on random batches, which differ in their seed alone; ``sparse``: sparse upcycling, copies
+    of the base that train together with the router, in as many steps as all stages and the router;
+    ``direct``: the dense CLIP, fine-tuned in as many steps, and dense it stays."""
+    direct_parameters: Literal["all", "ffn"] = "all"
+    """``direct``: what trains; ``ffn`` is what a stage trains."""
     model: dict[str, Any] | str
     """A CLIP folder, a name that open_clip knows, or an open_clip configuration."""
     pretrained: str | None = None
@@ -128,6 +136,17 @@ class UpcycleRecipe(Recipe):
     """Of the text tower."""
     num_clusters: Annotated[int, Ge(2)] = 3
     """K, for each modality and stage."""
+    cluster_modality: Literal["both", "image", "text"] = "both"
+    """Whose features are clustered."""
+    clusters: Literal["sequential", "parallel"] = "sequential"
+    """``sequential``: each stage clusters anew and refines the clusters before. ``parallel``
+    (CLIP-FMoE): the base's features are clustered once, in one modality, and each stage trains on
+    one of the clusters alone, from the base; there are as many clusters as stages."""
+    experts: Literal["full", "low_rank"] = "full"
+    """``low_rank``: a stage trains a change of low rank of the base's frozen networks, and the
+    experts share the base."""
+    rank: Positive = 32
+    """Of the changes of ``low_rank`` experts."""
     stage_init: Literal["base", "previous"] = "previous"
     """Where a stage's networks start: the paper says ``previous``, its code ``base``."""
     global_share: Share = 0.0

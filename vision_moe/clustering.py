@@ -13,6 +13,7 @@ Legend: M pairs, D feature width, S stages so far, K clusters a modality.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 from sklearn.cluster import MiniBatchKMeans
@@ -83,11 +84,19 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def stage_labels(
-    image_features: Features, text_features: Features, num_clusters: int, seed: int
+    image_features: Features,
+    text_features: Features,
+    num_clusters: int,
+    seed: int,
+    modality: Literal["both", "image", "text"] = "both",
 ) -> np.ndarray:
-    """Label every pair by its text and image cluster: ``c = K * c_text + c_image``, ``(M,)``; -1
-    for a pair that is left out."""
+    """Label every pair by its text and image cluster: ``c = K * c_text + c_image``, ``(M,)``; or by
+    the cluster of one ``modality`` alone; -1 for a pair that is left out."""
+    if modality == "image":
+        return cluster_features(image_features, num_clusters, seed + 1)
     text = cluster_features(text_features, num_clusters, seed)
+    if modality == "text":
+        return text
     image = cluster_features(image_features, num_clusters, seed + 1)
     return np.where((text < 0) | (image < 0), -1, num_clusters * text + image)
 

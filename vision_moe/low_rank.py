@@ -16,6 +16,7 @@ T tokens, D width, H hidden features, E experts, K top-k, R rank.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,16 @@ class LowRankFFN(nn.Module):
         down = base.get_submodule(parts.down)(hidden) + self.deltas[parts.down](hidden)
         return parts.finish(base, down)
 
+    def __getattr__(self, name: str) -> Any:
+        """Parts of the base: open_clip asks a block for ``mlp.c_fc.weight.dtype``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is not None and name in base._modules:
+                return base._modules[name]
+            raise
+
 
 class LowRankExperts(nn.Module):
     """E experts on one base: expert 0 is the base, expert j has the changes of ``changes[j - 1]``.
@@ -128,7 +139,7 @@ class LowRankExperts(nn.Module):
         )
         self.deltas = _deltas(base, self.parts, rank, (len(changes),))
         for index, change in enumerate(changes):
-            self._fill(index, change)
+            self.fill(index, change)
 
     @classmethod
     def empty(cls, base: nn.Module, num_experts: int, rank: int) -> "LowRankExperts":
@@ -137,7 +148,9 @@ class LowRankExperts(nn.Module):
         state = _deltas(base, parts, rank).state_dict()
         return cls(base, [state] * (num_experts - 1))
 
-    def _fill(self, index: int, change: Mapping[str, Tensor]) -> None:
+    @torch.no_grad()
+    def fill(self, index: int, change: Mapping[str, Tensor]) -> None:
+        """Copy a change into that of expert ``index + 1``."""
         own = self.deltas.state_dict()
         if own.keys() != change.keys():
             wrong = sorted(own.keys() ^ change.keys())[0]

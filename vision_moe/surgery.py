@@ -155,6 +155,7 @@ def upcycle(
     vision_layers: Sequence[int] | None = None,
     text_layers: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    rank: int | None = None,
 ) -> "CLIPMoEModel":
     """Turn a dense CLIP into a CLIP-MoE: expert j has the feed-forward weights of stage j.
 
@@ -165,6 +166,8 @@ def upcycle(
         vision_layers: which vision blocks become MoE; all by default.
         text_layers: which text blocks become MoE; all by default.
         generator: draws the routers' weights.
+        rank: makes low-rank experts: the base's state dict is then followed by those of the others'
+            changes, ``<network>.`` before the names of :attr:`LowRankFFN.deltas`.
 
     Returns:
         ``model``.
@@ -189,10 +192,17 @@ def upcycle(
     if not weights:
         raise InputError("no feed-forward network was found or chosen: nothing to upcycle")
     for prefix, (tower, _) in towers.items():
-        for name in insert_moe(tower, layers[prefix], num_experts, top_k, generator):
+        ranks = None if rank is None else [rank] * len(layers[prefix])
+        for name in insert_moe(tower, layers[prefix], num_experts, top_k, generator, ranks):
             moe = tower.get_submodule(name)
-            assert isinstance(moe, MoEFeedForward) and isinstance(moe.experts, nn.ModuleList)
-            for expert, state in zip(moe.experts, weights[f"{prefix}.{name}"], strict=True):
+            assert isinstance(moe, MoEFeedForward)
+            states = weights[f"{prefix}.{name}"]
+            if isinstance(moe.experts, LowRankExperts):
+                moe.experts.base.load_state_dict(states[0])
+                for index, change in enumerate(states[1:]):
+                    moe.experts.fill(index, change)
+                continue
+            for expert, state in zip(moe.experts, states, strict=True):
                 expert.load_state_dict(state)
     model.config.moe = {
         "num_experts": num_experts,
@@ -200,6 +210,9 @@ def upcycle(
         "vision_layers": layers["visual"],
         "text_layers": layers["text"],
     }
+    if rank is not None:
+        for tower_name, prefix in (("vision", "visual"), ("text", "text")):
+            model.config.moe[f"{tower_name}_ranks"] = [rank] * len(layers[prefix])
     return model
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 import vision_moe
 from train import contrastive, dmu, run_recipe
 from train.config import load_recipe, parse_recipe
-from train.contrastive import start_model
 from train.dmu import run_stage
 from train.recipe import UpcycleRecipe
 from vision_moe import InputError
@@ -41,22 +40,6 @@ def recipe_of(out: Path, model: Path, **changes: Any) -> UpcycleRecipe:
     recipe = parse_recipe(content, "test")
     assert isinstance(recipe, UpcycleRecipe)
     return recipe
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    description = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16,
-        },
-        "text_cfg": {
-            "context_length": 64, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2,
-        },
-    }  # fmt: skip
-    folder = tmp_path_factory.mktemp("base") / "clip"
-    vision_moe.save(start_model(description, None, seed=0), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,232 @@
+"""Options of upcycling and its baselines, each on a tiny CLIP from its recipe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vision_moe
+from tests.train.test_dmu import Watch, recipe_of, stage_folder
+from train import dmu, run_recipe
+from train.blocks import moe_config
+from train.contrastive import start_model
+from train.dry_run import describe_upcycling
+from vision_moe import CLIPMoEModel, InputError, LowRankExperts
+
+STEPS = 2 * 3 + 3                                          # of two stages and the router
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    watch = Watch()
+    monkeypatch.setattr(dmu, "train_contrastive", watch)
+    return watch
+
+
+def made(out: Path, base: Path, **changes: Any) -> CLIPMoEModel:
+    return vision_moe.load(run_recipe(recipe_of(out, base, **changes)))
+
+
+def log_of(folder: Path) -> dict[str, Any]:
+    log: dict[str, Any] = json.loads((folder / "training_log.json").read_text())
+    return log
+
+
+# --- baselines ------------------------------------------------------------------------------------
+
+
+def test_direct_fine_tuning_stays_dense_and_takes_as_many_steps(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    model = made(tmp_path / "out", base, method="direct")
+    assert model.config.moe is None
+    assert watch.changed == [{name for name, _ in model.named_parameters()} - {"logit_scale"}]
+    assert [len(batches) for batches in watch.batches] == [STEPS]
+    assert not stage_folder(tmp_path / "out").exists()
+
+
+def test_direct_fine_tuning_of_what_a_stage_trains(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    model = made(tmp_path / "out", base, method="direct", direct_parameters="ffn")
+    assert watch.changed == [set(vision_moe.ffn_state_dict(model))]
+
+
+def test_sparse_upcycling_trains_copies_and_routers_together(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    model = made(tmp_path / "out", base, method="sparse")
+    start = vision_moe.ffn_state_dict(vision_moe.load(base))
+    for name, layer in vision_moe.moe_layers(model).items():
+        key = "c_fc.weight"
+        copies = [watch.starts[0][f"{name}.experts.{j}.{key}"] for j in range(3)]
+        assert all(torch.equal(one, start[f"{name}.{key}"]) for one in copies)
+        now = [layer.get_parameter(f"experts.{j}.{key}") for j in range(3)]
+        assert not torch.equal(now[0], now[1])
+        assert f"{name}.router.weight" in watch.changed[0]
+    assert [len(batches) for batches in watch.batches] == [STEPS]
+
+
+def test_seed_only_stages_differ_in_their_batches_alone(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    model = made(tmp_path / "out", base, method="seeds")
+    start = dict(vision_moe.load(base).named_parameters())
+    for before in watch.starts[:2]:
+        assert all(torch.equal(before[name], p) for name, p in start.items())
+    assert not np.array_equal(watch.batches[0][0], watch.batches[1][0])
+    assert not (stage_folder(tmp_path / "out") / "stage_1" / "labels.safetensors").exists()
+    assert len(vision_moe.moe_layers(model)) == 4
+
+
+def test_shuffled_labels_keep_the_sizes_of_the_clusters() -> None:
+    labels = np.array([[0, 1], [0, 1], [2, 0], [-1, -1], [1, 1]], np.int8)
+    exchanged = dmu._exchanged(np.repeat(labels, 20, axis=0), seed=1)
+    assert not np.array_equal(exchanged, np.repeat(labels, 20, axis=0))
+    counts = np.unique(exchanged, axis=0, return_counts=True)
+    expected = np.unique(np.repeat(labels, 20, axis=0), axis=0, return_counts=True)
+    for one, two in zip(counts, expected, strict=True):
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(exchanged[60:80], np.full((20, 2), -1))
+
+
+def test_shuffled_labels_give_other_batches_from_the_same_clusters(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    made(tmp_path / "dmu", base, num_experts=2)
+    made(tmp_path / "control", base, num_experts=2, method="shuffled_labels")
+    kept = [
+        load_file(stage_folder(tmp_path / name) / "stage_1" / "labels.safetensors")["labels"]
+        for name in ("dmu", "control")
+    ]
+    assert torch.equal(*kept)
+    assert not np.array_equal(watch.batches[0], watch.batches[2])
+
+
+# --- clusters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("modality", "seed"), [("image", 1), ("text", 0)])
+def test_clusters_of_one_modality(modality: Any, seed: int) -> None:
+    rng = np.random.default_rng(0)
+    image, text = rng.normal(size=(2, 60, 8)).astype(np.float32)
+    labels = vision_moe.stage_labels(image, text, 3, 0, modality)
+    own = image if modality == "image" else text
+    np.testing.assert_array_equal(labels, vision_moe.clustering.cluster_features(own, 3, seed))
+
+
+def test_parallel_clusters_give_an_expert_each(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    made(tmp_path / "out", base, clusters="parallel", cluster_modality="image")
+    labels = [
+        load_file(stage_folder(tmp_path / "out") / f"stage_{n}" / "labels.safetensors")["labels"]
+        for n in (1, 2)
+    ]
+    assert torch.equal(*labels)
+    for number in (0, 1):
+        seen = np.concatenate(watch.batches[number])
+        assert set(labels[0][seen, 0].tolist()) == {number}
+    start = dict(vision_moe.load(base).named_parameters())
+    assert all(torch.equal(watch.starts[1][name], p) for name, p in start.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clusters": "parallel"}, "needs 'cluster_modality: image' or 'text'"),
+        (
+            {"clusters": "parallel", "cluster_modality": "text", "num_clusters": 5},
+            "'num_clusters' is 5, 'num_experts' 3",
+        ),
+        ({"method": "sparse", "experts": "low_rank"}, "its 'experts' must be 'full'"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    base: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run_recipe(recipe_of(tmp_path / "out", base, **changes))
+
+
+# --- low-rank experts -----------------------------------------------------------------------------
+
+
+def test_low_rank_stages_train_changes_that_share_the_base(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    model = made(tmp_path / "out", base, experts="low_rank", rank=4)
+    dense = vision_moe.ffn_state_dict(vision_moe.load(base))
+    stages = [
+        load_file(stage_folder(tmp_path / "out") / f"stage_{n}" / "expert.safetensors")
+        for n in (1, 2)
+    ]
+    assert {name.rsplit(".", 1)[1] for name in stages[0]} == {"a", "b", "bias"}
+    assert all(".deltas." in name for name in watch.changed[0] | watch.changed[1])
+    for name, layer in vision_moe.moe_layers(model).items():
+        assert isinstance(layer.experts, LowRankExperts) and layer.experts.rank == 4
+        assert torch.equal(layer.experts.base.c_fc.weight, dense[f"{name}.c_fc.weight"])
+        for index, stage in enumerate(stages):
+            for factor in ("a", "b"):
+                stored = layer.experts.deltas["c_fc"].get_parameter(factor)[index]
+                assert torch.equal(stored, stage[f"{name}.c_fc.{factor}"])
+    # The second stage goes on from the first one's changes.
+    first = {n.replace(".deltas.", "."): v for n, v in watch.starts[1].items() if ".deltas." in n}
+    assert all(torch.equal(value, stages[0][name]) for name, value in first.items())
+
+
+def test_forced_low_rank_expert_equals_its_stage(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path / "out", base, experts="low_rank", rank=4)
+    model = vision_moe.load(run_recipe(recipe))
+    stage = dmu._model_of(recipe, dmu.mcl_stages(recipe)[1], vision_moe.load(base))
+    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), vision_moe.force_expert(model, 2):
+        # Worst error measured: 6e-7.
+        torch.testing.assert_close(
+            model.encode_image(pictures), stage.encode_image(pictures), atol=1e-5, rtol=0
+        )
+
+
+# --- which blocks, and the plan -------------------------------------------------------------------
+
+
+def test_only_chosen_blocks_become_mixtures(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    model = made(tmp_path / "out", base, vision_blocks="last_1", text_blocks="none")
+    name = "visual.transformer.resblocks.1.mlp"
+    assert list(vision_moe.moe_layers(model)) == [name]
+    assert all(changed.startswith(name) for changed in watch.changed[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "dmu: 2 stages of 3 steps, then 3 of the routers"),
+        ({"method": "sparse"}, "sparse: copies of the base and their routers train for 9 steps"),
+        ({"method": "direct"}, "direct: all parameters of the dense CLIP train for 9 steps"),
+        ({"experts": "low_rank", "rank": 4}, "3 experts, top-2, rank 4"),
+    ],
+)
+def test_dry_run_tells_the_plan(
+    base: Path, tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
+    assert line in describe_upcycling(recipe_of(tmp_path / "out", base, **changes))
+
+
+def test_low_rank_parameters_are_counted() -> None:
+    from tests.train.test_dry_run import MODEL, recipe_with
+
+    recipe = recipe_with("experts=low_rank", "rank=4", "text_blocks=none")
+    moe = moe_config(recipe, start_model(MODEL, None, 0))
+    assert moe["vision_ranks"] == [4] * 6 and moe["text_ranks"] == []
+    recipe.model = MODEL
+    trained = describe_upcycling(recipe).splitlines()[-3].split()[-1]
+    # Six blocks of width 32, hidden 128: factors of both layers, and their biases.
+    assert int(trained.replace(",", "")) == 6 * (2 * 4 * (32 + 128) + 128 + 32)
+
+
