@@ -23,6 +23,7 @@ def register_with_transformers() -> None:
 
 def _register() -> None:
     import_module("mllm.modeling")
+    import_module("mllm.several_towers")
     import_module("vision_moe")  # the towers; it may be what has just imported transformers
 
 
