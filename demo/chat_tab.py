@@ -48,6 +48,8 @@ def build_chat_tab(
         height="58vh",
         min_height=280,
         editable="user",
+        # Gradio cannot edit a question that shares a bubble with its picture.
+        group_consecutive_messages=False,
         buttons=["copy"],
         allow_tags=False,
         latex_delimiters=[],

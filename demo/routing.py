@@ -83,6 +83,8 @@ def route(chat: ChatModel, picture: Image.Image) -> Routing:
     weight = next(tower.parameters())
     processor: Any = chat.processor
     pixels = processor.image_processor([picture], return_tensors="pt")["pixel_values"]  # (1,3,H,W)
+    if pixels.dim() == 5:  # a model that is shown tiles: the first view is the whole picture
+        pixels = pixels[:, 0]
     height, width = pixels.shape[-2:]
     patch = tower.config.patch_size
     grid = (height // patch, width // patch)
