@@ -141,9 +141,12 @@ def _parse_line(line: str, path: Path, number: int) -> object:
 
 
 def _table(path: Path, delimiter: str) -> Iterator[object]:
-    csv.field_size_limit(1 << 30)  # MMBench keeps its pictures in a column
+    # MMBench keeps its pictures in a column. The limit is the whole process's: it is put back.
+    limit = csv.field_size_limit(1 << 30)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, delimiter=delimiter)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
+    finally:
+        csv.field_size_limit(limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -120,6 +121,12 @@ def test_captions_of_the_references_words_score_high():
     # The second picture has one reference: its own words score the full 10.
     assert right["metrics"]["cider"] > 5
     assert swapped["metrics"]["cider"] < 0.1
+
+
+def test_wide_tables_leave_the_limit_of_other_readers_as_it_was():
+    limit = csv.field_size_limit()
+    get_task("mmbench", str(FOLDER / "mmbench")).load()
+    assert csv.field_size_limit() == limit
 
 
 def test_one_wrong_rotation_makes_a_circular_question_wrong():
