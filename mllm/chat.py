@@ -119,6 +119,10 @@ class ChatModel:
             )
         return self._stream(ids, images, sampling)
 
+    def forget_images(self) -> None:
+        """Encode every picture anew from now on."""
+        self._features.clear()
+
     def _conversation_ids(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids up to the header of the last answer, one placeholder for each picture."""
         prompts = self._prompts

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 _FAULT, _INTERRUPTED = 2, 130
 
 # Name -> module with ``run(overrides) -> mllm.bench.BenchReport``.
-BENCHMARKS: dict[str, str] = {"tower": "train.bench_tower", "train": "train.bench"}
+BENCHMARKS: dict[str, str] = {
+    "demo": "demo.bench",
+    "tower": "train.bench_tower",
+    "train": "train.bench",
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
