@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from train.recipe import UpcycleRecipe
-from vision_moe import CLIPMoEModel, FFNSite, InputError, find_ffns
+from vision_moe import CLIPMoEModel, FFNSite, InputError, RouterOptions, find_ffns
 
 
 def chosen_blocks(choice: str | Sequence[int], tower: nn.Module) -> list[int]:
@@ -37,6 +38,18 @@ def chosen_blocks(choice: str | Sequence[int], tower: nn.Module) -> list[int]:
     return named[choice] if choice in named else numbers[-int(choice.removeprefix("last_")) :]
 
 
+def router_options(recipe: UpcycleRecipe) -> RouterOptions:
+    """The router that the recipe asks for."""
+    router = recipe.router
+    kinds: dict[str, Any] = {"trained": "linear", "training_free": "spectral"}
+    return RouterOptions(
+        kind=kinds.get(router.kind, router.kind),
+        rank=router.spectral_rank,
+        expert_bias=router.bias_rate > 0,
+        base_gate=router.base_gate,
+    )
+
+
 def moe_config(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, Any]:
     """``CLIPMoEConfig.moe`` of what the recipe makes of a dense model.
 
@@ -47,8 +60,10 @@ def moe_config(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, Any]:
         raise InputError(
             f"{recipe.model}: a mixture of experts already; only a dense CLIP is upcycled"
         )
-    if recipe.top_k > recipe.num_experts:
-        raise InputError(f"'top_k' is {recipe.top_k}, but there are {recipe.num_experts} experts")
+    num_routed = recipe.num_experts - router_options(recipe).base_gate
+    if recipe.top_k > num_routed:
+        beside = " beside the base" if num_routed < recipe.num_experts else ""
+        raise InputError(f"'top_k' is {recipe.top_k}, but there are {num_routed} experts{beside}")
     if recipe.experts == "low_rank" and recipe.method == "sparse":
         raise InputError("'method: sparse' copies whole networks; its 'experts' must be 'full'")
     if recipe.clusters == "parallel" and recipe.method in ("dmu", "shuffled_labels"):
@@ -74,6 +89,8 @@ def moe_config(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, Any]:
         "vision_layers": vision,
         "text_layers": text,
     }
+    if (options := router_options(recipe)) != RouterOptions():
+        moe["router"] = asdict(options)
     if recipe.experts == "low_rank":
         moe |= {f"{t}_ranks": [recipe.rank] * len(moe[f"{t}_layers"]) for t in ("vision", "text")}
     return moe

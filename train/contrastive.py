@@ -29,6 +29,7 @@ from train.recipe import (
     Precision,
     RouterTraining,
 )
+from train.router_losses import router_z_loss
 from train.schedule import learning_rate_schedule
 from train.stages import Stage, StageResult
 from vision_moe import (
@@ -38,6 +39,7 @@ from vision_moe import (
     contrastive_loss,
     load,
     load_balancing_loss,
+    moe_layers,
     save,
 )
 
@@ -65,7 +67,7 @@ class ContrastiveModel(nn.Module):
         self.clip = clip
         self.label_smoothing = training.label_smoothing
         self.logit_scale = training.logit_scale
-        self.balance = training.balance if isinstance(training, RouterTraining) else 0.0
+        self.router = training if isinstance(training, RouterTraining) else None
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
         """Loss of a batch of pairs.
@@ -78,7 +80,7 @@ class ContrastiveModel(nn.Module):
             ``loss``, a scalar.
         """
         with attention_kernel(pixel_values.device, longest_sequence(self.clip)):
-            if self.balance:
+            if self.router is not None:
                 output = self.clip(pixel_values=pixel_values, input_ids=input_ids)
                 image, text = output.image_features, output.text_features
             else:
@@ -98,10 +100,23 @@ class ContrastiveModel(nn.Module):
             world_size=state.num_processes,
             rank=state.process_index,
         )
-        if self.balance:
-            balance = load_balancing_loss(output.router_logits, state.num_processes)
-            loss = loss + self.balance * balance
+        if self.router is not None:
+            loss = loss + self._router_losses(output.router_logits, state.num_processes)
         return {"loss": loss}
+
+
+    def _router_losses(self, router_logits: Sequence[Tensor], world_size: int) -> Tensor:
+        """Weighted sum of the routers' losses; the biases that stand in for one move here."""
+        assert self.router is not None
+        layers = moe_layers(self.clip).values()
+        loss = self.router.balance * load_balancing_loss(router_logits, world_size)
+        if self.router.z:
+            z = torch.stack([router_z_loss(logits) for logits in router_logits]).mean()
+            loss = loss + self.router.z * z
+        for layer, logits in zip(layers, router_logits, strict=True):
+            if layer.expert_bias is not None and self.training:
+                layer.balance_bias(logits.detach(), self.router.bias_rate, world_size)
+        return loss
 
 
 def longest_sequence(clip: CLIPMoEModel) -> int:

@@ -25,7 +25,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from train import stages
-from train.blocks import expert_sites, moe_config
+from train.blocks import expert_sites, moe_config, router_options
 from train.config import save_resolved
 from train.contrastive import (
     LOG_FILE,
@@ -48,6 +48,7 @@ from vision_moe import (
     CLIPMoEModel,
     ClusterBatchSampler,
     InputError,
+    MoEFeedForward,
     accumulate_labels,
     atomic_write_bytes,
     atomic_write_text,
@@ -286,6 +287,7 @@ def _assemble(
         text_layers=moe["text_layers"],
         generator=generator,
         rank=recipe.rank if recipe.experts == "low_rank" else None,
+        router=router_options(recipe),
     )
     layers = moe_layers(model)
     routers: dict[str, nn.Parameter] = {}
@@ -293,26 +295,28 @@ def _assemble(
         routers[name] = layer.router.weight  # type: ignore[assignment]
     start = {name: weight.detach().clone() for name, weight in routers.items()}
     training = recipe.router
-    parameters: list[nn.Parameter] = list(routers.values())
+    parameters = [p for layer in layers.values() for p in _router_parameters(recipe, layer)]
     if sparse:
         training = replace(
             recipe.router, **{**asdict(recipe.stage), "steps": total_steps(recipe)}
         )
-        parameters = [p for layer in layers.values() for p in layer.parameters()]
+        parameters += [p for layer in layers.values() for p in layer.experts.parameters()]
     left_out = _skipped(pairs)
     if mcl and (mcl[-1].folder / LABEL_FILE).is_file():
         left_out = np.flatnonzero((_labels_of(mcl[-1].folder / LABEL_FILE) < 0).any(axis=1))
-    history = train_contrastive(
-        model,
-        parameters,
-        pairs,
-        random_batches(len(pairs), training.batch_size, training.steps, recipe.seed, left_out),
-        training,
-        stage=final,
-        seed=recipe.seed,
-        precision=recipe.precision,
-        save_steps=recipe.save_steps,
-    )
+    history: list[dict[str, float]] = []
+    if parameters:
+        history = train_contrastive(
+            model,
+            parameters,
+            pairs,
+            random_batches(len(pairs), training.batch_size, training.steps, recipe.seed, left_out),
+            training,
+            stage=final,
+            seed=recipe.seed,
+            precision=recipe.precision,
+            save_steps=recipe.save_steps,
+        )
     save(model, folder)
     save_resolved(recipe, folder / RECIPE_FILE)
     write_log(
@@ -367,6 +371,18 @@ def _fine_tune(
         skipped_pairs=pairs.skipped,
         history=history,
     )
+
+
+def _router_parameters(recipe: UpcycleRecipe, layer: MoEFeedForward) -> list[nn.Parameter]:
+    """What of a layer's router trains."""
+    parameters: list[nn.Parameter] = []
+    if recipe.router.kind == "trained":
+        parameters += layer.router.parameters()
+    if layer.base_gate is not None:
+        parameters += layer.base_gate.parameters()
+    if layer.expert_bias is not None:
+        parameters.append(layer.expert_bias)
+    return parameters
 
 
 def _relative_change(before: Tensor, after: nn.Parameter) -> float:

@@ -97,7 +97,10 @@ def parts_of(model: LlavaForConditionalGeneration) -> dict[str, str]:
             part_of[name] = "connector"
         elif not name.startswith(_TOWER):
             part_of[name] = "llm_router" if module in routers else "llm"
-        elif any(name.startswith(f"{layer}.router.") for layer in tower_moe):
+        elif any(
+            name.startswith((f"{layer}.router.", f"{layer}.base_gate.", f"{layer}.expert_bias"))
+            for layer in tower_moe
+        ):
             part_of[name] = "router"
         elif any(name.startswith(f"{layer}.") for layer in tower_moe):
             part_of[name] = "experts"

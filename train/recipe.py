@@ -88,8 +88,22 @@ class ContrastiveTraining(Strict):
 class RouterTraining(ContrastiveTraining):
     """Tuning the routers, with the balance loss of every block."""
 
+    kind: Literal["trained", "training_free", "uniform"] = "trained"
+    """``training_free``: routed by the leading singular vectors of the experts' weights (after
+    SSMoE), ``uniform``: all experts mixed evenly; both without a step of training, but for a base
+    gate's."""
+    spectral_rank: Positive = 8
+    """``training_free``: how many vectors of each expert."""
     balance: NonNegative = 0.01
     """Weight of the balance loss."""
+    z: NonNegative = 0.0
+    """Weight of the z-loss, ``mean(logsumexp(logits)²)`` (CuMo: 0.01)."""
+    bias_rate: NonNegative = 0.0
+    """Balancing without a loss (arXiv 2408.15664: 0.001): after each step the bias that an expert
+    is chosen by moves by so much, towards an even load."""
+    base_gate: bool = False
+    """Keep the base's network always on, beside ``top_k`` of the others, with a share that is
+    learnt for each token (CLIP-FMoE)."""
 
 
 @dataclass(kw_only=True)

@@ -41,6 +41,7 @@ from vision_moe.retrieval import (
     retrieval_ranks,
     retrieval_recall,
 )
+from vision_moe.routers import RouterOptions
 from vision_moe.routing import (
     RoutingRecord,
     fixed_mixture,
@@ -93,6 +94,7 @@ __all__ = [
     "LowRankFFN",
     "MoEFeedForward",
     "RetrievalRanks",
+    "RouterOptions",
     "RoutingRecord",
     "accumulate_labels",
     "atomic_directory",

@@ -44,7 +44,8 @@ class CLIPMoEConfig(PreTrainedConfig):
             text_cfg and options; ViT-B-32 by default.
         moe: ``{"num_experts", "top_k", "vision_layers", "text_layers"}``; ``None`` is a dense CLIP.
             ``"vision_ranks"`` and ``"text_ranks"``, a number for each of the layers, make the
-            tower's experts low-rank changes of the dense network.
+            tower's experts low-rank changes of the dense network. ``"router"``: fields of
+            :class:`vision_moe.RouterOptions`.
         preprocess: ``{"mean", "std", "interpolation", "resize_mode"}``; what is left out is
             OpenAI's.
     """

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from vision_moe.configuration import OPENAI_PREPROCESS, CLIPMoEConfig, CLIPMoEVisionConfig
 from vision_moe.errors import InputError
 from vision_moe.preprocessing import build_preprocess, image_processor_config
+from vision_moe.routers import RouterOptions
 from vision_moe.routing import record_routing
 from vision_moe.surgery import insert_moe
 from vision_moe.tokenizers import transformers_tokenizer
@@ -60,7 +61,12 @@ class CLIPMoEVisionOutput(BaseModelOutputWithPooling):
 
 def _insert_moe(tower: nn.Module, moe: dict[str, Any], name: str) -> None:
     ranks = moe.get(f"{name}_ranks")
-    insert_moe(tower, moe[f"{name}_layers"], moe["num_experts"], moe["top_k"], ranks=ranks)
+    try:
+        router = RouterOptions(**moe.get("router", {}))
+    except TypeError as error:
+        raise InputError(f"moe.router: {error}") from error
+    layers = moe[f"{name}_layers"]
+    insert_moe(tower, layers, moe["num_experts"], moe["top_k"], ranks=ranks, router=router)
 
 
 # CoCa's captioning decoder is left out: contrastive training gives it no gradient, an MLLM has a

@@ -108,11 +108,16 @@ def without_expert(model: nn.Module, expert: int) -> Iterator[None]:
     num_experts = _num_experts(model)
     if not 0 <= expert < num_experts or num_experts < 2:
         raise ValueError(f"expert {expert} of {num_experts} cannot be left out")
+    layers = moe_layers(model).values()
+    # A base that is always on is none of the experts that the router numbers.
+    number = expert - any(layer.base_gate is not None for layer in layers)
+    if number < 0:
+        raise ValueError("the base is always on in this model: it cannot be left out")
 
     def exclude(_module: nn.Module, _inputs: object, logits: Tensor) -> Tensor:
-        return logits.index_fill(-1, torch.tensor(expert, device=logits.device), -torch.inf)
+        return logits.index_fill(-1, torch.tensor(number, device=logits.device), -torch.inf)
 
     with ExitStack() as stack:
-        for layer in moe_layers(model).values():
+        for layer in layers:
             stack.callback(layer.router.register_forward_hook(exclude).remove)
         yield

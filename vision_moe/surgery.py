@@ -7,7 +7,7 @@ open_clip's own transformers, timm's ViT family and Hugging Face's encoders all 
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vision_moe.errors import InputError
 from vision_moe.low_rank import LowRankExperts
 from vision_moe.moe import MoEFeedForward
+from vision_moe.routers import DEFAULT_ROUTER, RouterOptions, SpectralRouter
 
 if TYPE_CHECKING:
     from vision_moe.modeling import CLIPMoEModel
@@ -112,6 +113,7 @@ def insert_moe(
     top_k: int,
     generator: torch.Generator | None = None,
     ranks: Sequence[int] | None = None,
+    router: RouterOptions = DEFAULT_ROUTER,
 ) -> list[str]:
     """Replace the feed-forward networks of the given layers by MoE layers of identical experts.
 
@@ -122,6 +124,7 @@ def insert_moe(
         top_k: K.
         generator: draws the routers' weights.
         ranks: for low-rank experts, the rank in each of ``layers``.
+        router: its options.
 
     Returns:
         The names of the replaced networks, first block first.
@@ -140,8 +143,8 @@ def insert_moe(
             if rank is None
             else LowRankExperts.empty(site.module, num_experts, rank)
         )
-        moe = MoEFeedForward(experts, site.width, top_k, generator)
-        moe.router.to(first.device, first.dtype)
+        moe = MoEFeedForward(experts, site.width, top_k, generator, router)
+        moe.to(first.device, first.dtype)
         moe.train(site.module.training)
         tower.set_submodule(site.name, moe)
         names.append(site.name)
@@ -156,6 +159,7 @@ def upcycle(
     text_layers: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     rank: int | None = None,
+    router: RouterOptions = DEFAULT_ROUTER,
 ) -> "CLIPMoEModel":
     """Turn a dense CLIP into a CLIP-MoE: expert j has the feed-forward weights of stage j.
 
@@ -168,6 +172,7 @@ def upcycle(
         generator: draws the routers' weights.
         rank: makes low-rank experts: the base's state dict is then followed by those of the others'
             changes, ``<network>.`` before the names of :attr:`LowRankFFN.deltas`.
+        router: its options; a spectral one takes its directions from the experts.
 
     Returns:
         ``model``.
@@ -175,8 +180,9 @@ def upcycle(
     if model.config.moe is not None:
         raise InputError("this CLIP is a mixture of experts already; only a dense one is upcycled")
     num_experts = len(expert_state_dicts)
-    if not 1 <= top_k <= num_experts:
-        raise InputError(f"top_k is {top_k}, it must be from 1 to the {num_experts} experts")
+    num_routed = num_experts - router.base_gate
+    if not 1 <= top_k <= num_routed:
+        raise InputError(f"top_k is {top_k}, it must be from 1 to the {num_routed} experts")
     towers = {"visual": (model.visual, vision_layers), "text": (model.text, text_layers)}
     layers: dict[str, list[int]] = {}
     weights: dict[str, list[dict[str, Tensor]]] = {}
@@ -193,7 +199,7 @@ def upcycle(
         raise InputError("no feed-forward network was found or chosen: nothing to upcycle")
     for prefix, (tower, _) in towers.items():
         ranks = None if rank is None else [rank] * len(layers[prefix])
-        for name in insert_moe(tower, layers[prefix], num_experts, top_k, generator, ranks):
+        for name in insert_moe(tower, layers[prefix], num_experts, top_k, generator, ranks, router):
             moe = tower.get_submodule(name)
             assert isinstance(moe, MoEFeedForward)
             states = weights[f"{prefix}.{name}"]
@@ -201,15 +207,19 @@ def upcycle(
                 moe.experts.base.load_state_dict(states[0])
                 for index, change in enumerate(states[1:]):
                     moe.experts.fill(index, change)
-                continue
-            for expert, state in zip(moe.experts, states, strict=True):
-                expert.load_state_dict(state)
+            else:
+                for expert, state in zip(moe.experts, states, strict=True):
+                    expert.load_state_dict(state)
+            if isinstance(moe.router, SpectralRouter):
+                moe.router.fit(moe.experts)  # type: ignore[arg-type]
     model.config.moe = {
         "num_experts": num_experts,
         "top_k": top_k,
         "vision_layers": layers["visual"],
         "text_layers": layers["text"],
     }
+    if router != DEFAULT_ROUTER:
+        model.config.moe["router"] = asdict(router)
     if rank is not None:
         for tower_name, prefix in (("vision", "visual"), ("text", "text")):
             model.config.moe[f"{tower_name}_ranks"] = [rank] * len(layers[prefix])

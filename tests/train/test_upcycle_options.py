@@ -1,6 +1,7 @@
 """Options of upcycling and its baselines, each on a tiny CLIP from its recipe."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import vision_moe
 from tests.train.test_dmu import Watch, recipe_of, stage_folder
 from train import dmu, run_recipe
 from train.blocks import moe_config
-from train.contrastive import start_model
+from train.contrastive import ContrastiveModel, start_model
 from train.dry_run import describe_upcycling
+from train.recipe import RouterTraining
 from vision_moe import CLIPMoEModel, InputError, LowRankExperts
 
 STEPS = 2 * 3 + 3                                          # of two stages and the router
@@ -25,6 +27,11 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     watch = Watch()
     monkeypatch.setattr(dmu, "train_contrastive", watch)
     return watch
+
+
+@pytest.fixture(scope="module")
+def upcycled(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_recipe(recipe_of(tmp_path_factory.mktemp("upcycled") / "moe", base))
 
 
 def made(out: Path, base: Path, **changes: Any) -> CLIPMoEModel:
@@ -230,3 +237,45 @@ def test_low_rank_parameters_are_counted() -> None:
     assert int(trained.replace(",", "")) == 6 * (2 * 4 * (32 + 128) + 128 + 32)
 
 
+
+
+# --- routers --------------------------------------------------------------------------------------
+
+ROUTER = {"steps": 3, "batch_size": 8, "lr": 1e-2, "warmup_steps": 1, "logit_scale": 100}
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ({"z": 0.1}, {"router"}),
+        ({"bias_rate": 0.1, "balance": 0}, {"router", "expert_bias"}),
+        ({"base_gate": True}, {"router", "base_gate"}),
+        ({"kind": "training_free"}, set()),
+        ({"kind": "training_free", "base_gate": True}, {"base_gate"}),
+        ({"kind": "uniform"}, set()),
+    ],
+)
+def test_what_of_the_router_trains(
+    upcycled: Path, base: Path, tmp_path: Path, watch: Watch, options: Any, trained: set[str]
+) -> None:
+    shutil.copytree(stage_folder(upcycled), tmp_path / "out.stages")
+    model = made(tmp_path / "out", base, router=ROUTER | options)
+    changed = watch.changed[0] if watch.changed else set()
+    assert {name.split(".mlp.")[1].split(".")[0] for name in changed} == trained
+    assert bool(watch.changed) == bool(trained)
+    assert len(vision_moe.moe_layers(model)) == 4
+
+
+def test_z_loss_is_added_with_its_weight(upcycled: Path) -> None:
+    model = vision_moe.load(upcycled)
+    pictures = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = model.tokenizer(["a", "b c", "d", "e f g"])
+    settings = {"steps": 1, "lr": 1.0, "logit_scale": 100.0, "balance": 0.0}
+    with torch.no_grad():
+        logits = model(pictures, tokens).router_logits
+        losses = [
+            ContrastiveModel(model, RouterTraining(**settings, z=z))(pictures, tokens)["loss"]
+            for z in (0.0, 0.5)
+        ]
+        z_loss = torch.stack([one.logsumexp(-1).square().mean() for one in logits]).mean()
+    torch.testing.assert_close(losses[1] - losses[0], 0.5 * z_loss)
