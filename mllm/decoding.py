@@ -6,6 +6,7 @@ B batch, P tokens of a prefix, L padded length of the questions, V vocabulary.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,9 @@ class Decoder:
         self, model: LlavaForConditionalGeneration, end_ids: list[int], max_new_tokens: int
     ) -> None:
         self._language_model: Any = model.model.language_model
+        # Renamed within transformers 5.
+        takes = inspect.signature(self._language_model.forward).parameters
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self._head = model.lm_head
         self._embed = model.get_input_embeddings()
         self._device = model.device
@@ -68,13 +72,13 @@ class Decoder:
         cache = DynamicCache(config=self._language_model.config)
         if ids:
             embeds = self._embed(torch.tensor([ids], device=self._device))  # (1, P, D)
-            self._language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+            self._forward(embeds, cache)
         return Prefixes(cache, len(ids))
 
     def extend(self, shared: Prefixes, features: Tensor) -> Prefixes:
         """The shared prefix continued by each of ``features`` ``(B, N, D)``."""
         cache = shared.select([0] * len(features))
-        self._language_model(inputs_embeds=features, past_key_values=cache, use_cache=True)
+        self._forward(features, cache)
         return Prefixes(cache, shared.length + features.shape[1])
 
     def generate(
@@ -191,22 +195,26 @@ class Decoder:
         ids, mask = ids.to(self._device), mask.to(self._device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, prefixes.length :]
         cache = prefixes.select(rows)
-        hidden = self._language_model(
-            inputs_embeds=self._embed(ids),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        hidden = self._forward(self._embed(ids), cache, mask, positions)
         return cache, self._head(hidden[:, -1]), mask, positions
 
     def _step(self, embeds: Tensor, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
-        hidden = self._language_model(
+        logits: Tensor = self._head(self._forward(embeds, cache, mask, positions))
+        return logits
+
+    def _forward(
+        self,
+        embeds: Tensor,
+        cache: Any,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """``(B, L, D)`` hidden states; the cache grows by L."""
+        hidden: Tensor = self._language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
         ).last_hidden_state
-        logits: Tensor = self._head(hidden)
-        return logits
+        return hidden

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mllm.decoding import Decoder, Prefixes
+from mllm.products import QuickLinear
 from mllm.prompts import ChatPrompts
 from mllm.tiles import is_tiled
 from vision_moe import InputError
@@ -107,10 +108,7 @@ class Answerer:
         for request in dict.fromkeys(requests):
             by_image.setdefault(request.image_key, []).append(request)
         for keys in self._chunks(by_image):
-            # Inside of the loop: a generator must not leave autocast on for who reads from it.
-            with self._autocast():
-                answers = list(self._answer_chunk(keys, by_image, open_image))
-            yield from answers
+            yield from self._answer_chunk(keys, by_image, open_image)
 
     def _chunks(self, by_image: dict[Hashable, list[Request]]) -> Iterator[list[Hashable]]:
         """Pictures whose questions are answered together."""
@@ -141,7 +139,9 @@ class Answerer:
         by_image: dict[Hashable, list[Request]],
         open_image: OpenImage,
     ) -> Iterator[tuple[Request, Answer]]:
-        features, faults = self._encode(keys, open_image)
+        # Never around a yield: it must not hold for who reads the answers.
+        with self._arithmetic():
+            features, faults = self._encode(keys, open_image)
         shown = [key for key in keys if key not in faults]
         for key, fault in faults.items():
             for request in by_image[key]:
@@ -160,7 +160,8 @@ class Answerer:
                 ids[request] = question
         if not ids:
             return
-        prefixes = self._prefixes(features)
+        with self._arithmetic():
+            prefixes = self._prefixes(features)
         row_of = {key: row for row, key in enumerate(shown)}
         # Longest first: what does not fit into memory shows at once.
         order = sorted(ids, key=lambda request: (bool(request.choices), -len(ids[request])))
@@ -173,7 +174,9 @@ class Answerer:
                 batch = some[start : start + self._batch_size]
                 rows = [row_of[request.image_key] for request in batch]
                 questions = [ids[request] for request in batch]
-                yield from zip(batch, answer_batch(prefixes, rows, questions, batch), strict=True)
+                with self._arithmetic():
+                    answers = answer_batch(prefixes, rows, questions, batch)
+                yield from zip(batch, answers, strict=True)
 
     def _encode(
         self, keys: list[Hashable], open_image: OpenImage
@@ -237,9 +240,9 @@ class Answerer:
             for request, scores in zip(batch, scored, strict=True)
         ]
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    def _arithmetic(self) -> AbstractContextManager[object]:
         if self._dtype is None:
-            return nullcontext()
+            return QuickLinear()
         return torch.autocast(self._model.device.type, self._dtype)
 
 

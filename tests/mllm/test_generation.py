@@ -8,6 +8,7 @@ from PIL import Image
 
 from mllm.decoding import Decoder
 from mllm.generation import Answerer, Request, encode_images, generate_answers
+from mllm.products import QuickLinear
 from vision_moe import InputError
 
 IMAGES = {
@@ -194,3 +195,22 @@ def test_answer_that_is_cut_off_is_not_finished(mllm):
     model.lm_head.bias.data[letter] = 1.0
     found = dict(Answerer(*mllm, max_new_tokens=3).answer(REQUESTS[:1], IMAGES.__getitem__))
     assert not found[REQUESTS[0]].finished
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (2, 32, 512)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_quick_product_is_that_of_pytorch(shape, has_bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(512, 1536, bias=has_bias)
+    x = torch.randn(shape)
+    with torch.inference_mode(), QuickLinear():
+        quick = layer(x)
+    # Seen: 2e-6; both sum 512 products in fp32, in another order.
+    assert torch.allclose(quick, layer(x), atol=1e-5)
+
+
+def test_gradients_go_through_pytorchs_own_product():
+    layer = torch.nn.Linear(512, 1536)
+    with QuickLinear():
+        layer(torch.randn(64, 512)).sum().backward()
+    assert layer.weight.grad is not None
