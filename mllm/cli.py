@@ -290,6 +290,39 @@ def evaluate(
 
 
 @cli.command()
+@click.argument("checkpoints", nargs=-1, required=True, metavar="A B...")
+@click.option("--task", required=True, help="Name of the task, such as easy_vqa or scenes.")
+@click.option("--data", help="Data of the task, where it has none of its own.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of compare.json, compare.png,"
+              " compare.html and the evaluations.  [default: compare/TASK]")  # fmt: skip
+@click.option("--num-questions", type=int, help="How many are drawn.  [default: the task's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of draw and intervals.")
+@click.option("--batch-size", type=int, default=64, show_default=True)
+def compare(
+    checkpoints: tuple[str, ...],
+    task: str,
+    data: str | None,
+    out: Path | None,
+    num_questions: int | None,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Compare checkpoints B... with A on the same questions.
+
+    Each is a checkpoint, which is asked them, or the folder of an evaluation that was.
+    """
+    from mllm.compare import compare_checkpoints, comparison_table
+    from mllm.evaluate import EvaluationConfig
+    from mllm.tasks import get_scorer
+
+    out = out or Path("compare") / task
+    config = EvaluationConfig(num_questions, seed, batch_size=batch_size)
+    comparisons = compare_checkpoints(checkpoints, task, config, data, out)
+    click.echo(comparison_table(get_scorer(task), comparisons))
+    click.echo(f"pictures on which they differ: {out / 'compare.html'}", err=True)
+
+
+@cli.command()
 @click.argument("checkpoint")
 @click.option("--image", required=True, type=click.Path(path_type=Path), help="Any image file.")
 @click.option("--question", help="Answer this alone; without it, talk in the terminal.")
