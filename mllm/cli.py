@@ -252,8 +252,6 @@ def evaluate(
         click.echo(comparison_table(evaluate_clips(checkpoints, task, choice, out)))
         click.echo(f"written to {out}", err=True)
         return
-    if len(checkpoints) > 1:
-        raise click.UsageError(f"the task '{task}' takes one checkpoint; to compare, mllm compare")
     given = [source for source in (*checkpoints, answers, rescore) if source is not None]
     if len(given) != 1:
         raise click.UsageError("one of CHECKPOINT, --answers and --rescore is needed")
