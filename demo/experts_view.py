@@ -79,7 +79,7 @@ def color_of(expert: int, num_experts: int) -> str:
 def overlay(routing: Routing, block_number: int) -> str:
     """The picture, each patch in the color of its heaviest expert, the surer the stronger."""
     block = routing.blocks[block_number]
-    rows, columns = routing.grid
+    rows, columns = block.grid
     width, height = routing.image.size
     rects = []
     for number in range(rows * columns):

@@ -5,6 +5,7 @@ N patches, E experts, K top-k, L tokens (CLS and patches).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,14 @@ class BlockRouting:
 
     Attributes:
         name: ``block 3``, by the order of the MoE blocks.
+        grid: Rows and columns of patches; towers side by side differ in it.
         experts: ``(N, K)``, the heaviest first.
         weights: ``(N, K)``, each row summing to one.
         num_experts: E.
     """
 
     name: str
+    grid: tuple[int, int]
     experts: np.ndarray
     weights: np.ndarray
     num_experts: int
@@ -53,20 +56,19 @@ class BlockRouting:
 class Routing:
     """A picture's way through the tower; ``image`` is what the tower sees of it.
 
-    ``grid`` is rows and columns of patches; a dense tower has no ``blocks``.
+    A dense tower has no ``blocks``.
     """
 
     image: Image.Image
-    grid: tuple[int, int]
     blocks: list[BlockRouting]
 
     def as_json(self) -> dict[str, Any]:
         """What the API returns."""
         return {
-            "grid": list(self.grid),
             "blocks": [
                 {
                     "name": block.name,
+                    "grid": list(block.grid),
                     "load": block.load,
                     "tokens": block.tokens.tolist(),
                     "experts": block.experts.tolist(),
@@ -85,27 +87,34 @@ def route(chat: ChatModel, picture: Image.Image) -> Routing:
     pixels = processor.image_processor([picture], return_tensors="pt")["pixel_values"]  # (1,3,H,W)
     if pixels.dim() == 5:  # a model that is shown tiles: the first view is the whole picture
         pixels = pixels[:, 0]
-    height, width = pixels.shape[-2:]
-    patch = tower.config.patch_size
-    grid = (height // patch, width // patch)
     layers = moe_layers(tower)
     blocks = []
     if layers:
         with torch.inference_mode(), record_routing(tower) as record:
             tower(pixels.to(weight.device, weight.dtype))
-        num_patches = grid[0] * grid[1]
         for number, (name, layer) in enumerate(layers.items()):
-            logits = record.router_logits[name][0, -num_patches:]  # without CLS, which is first
-            weights, experts = layer.route(logits)
+            logits = record.router_logits[name][0]  # (L, E)
+            grid = _grid(tower.config, pixels, len(logits))
+            num_patches = grid[0] * grid[1]
+            weights, experts = layer.route(logits[-num_patches:])  # without CLS, which is first
             blocks.append(
                 BlockRouting(
                     f"block {number}",
+                    grid,
                     experts.cpu().numpy(),
                     weights.float().cpu().numpy(),
                     layer.num_experts,
                 )
             )
-    return Routing(_visible(pixels[0], processor.image_processor), grid, blocks)
+    return Routing(_visible(pixels[0], processor.image_processor), blocks)
+
+
+def _grid(config: Any, pixels: Tensor, num_tokens: int) -> tuple[int, int]:
+    """Rows and columns of patches among the tokens of a block."""
+    height, width = pixels.shape[-2:]
+    if height == width:  # whatever the patches of a tower among several are
+        return (math.isqrt(num_tokens),) * 2
+    return height // config.patch_size, width // config.patch_size
 
 
 def _visible(pixels: Tensor, image_processor: Any) -> Image.Image:

@@ -31,7 +31,7 @@ class Page:
 
     def open(self) -> None:
         self.driver.get(self.url)
-        self.until(lambda: self.all("#question textarea"))
+        self.until(lambda: self.all("#question textarea") and self.all("#chat .example"))
         self.driver.get_log("browser")
         self.driver.get_log("performance")
 
@@ -75,9 +75,14 @@ class Page:
             self.driver.find_element("css selector", f"{box} input[type=file]").send_keys(
                 str(picture)
             )
-            self.until(lambda: self.all(f"{box} .thumbnail-item, {box} .thumbnails img"))
+            # Its address is the server's once it has been uploaded; Enter does nothing before.
+            self.until(
+                lambda: self.driver.find_elements("css selector", f"{box} img[src*='file=']")
+            )
         text = self.until(lambda: self.all(f"{box} textarea"))[0]
-        text.send_keys(question + "\ue007")  # Enter
+        text.send_keys(question)
+        self.until(lambda: self.all(f"{box} .submit-button:enabled"))
+        text.send_keys("\ue007")  # Enter
 
     def answers(self, chat: str = "#chat") -> list[str]:
         return self.texts(f"{chat} [data-testid=bot]")

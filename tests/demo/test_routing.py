@@ -23,9 +23,9 @@ def routing(chat_model):
 
 
 def test_each_patch_goes_to_top_k_experts(routing):
-    assert routing.grid == (4, 4)
     assert len(routing.blocks) == 3
     for block in routing.blocks:
+        assert block.grid == (4, 4)
         assert block.experts.shape == block.weights.shape == (16, 2)
         np.testing.assert_allclose(block.weights.sum(-1), 1, atol=1e-6)
         assert block.tokens.sum() == 32

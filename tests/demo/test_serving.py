@@ -93,7 +93,7 @@ def test_history_is_part_of_the_question(client):
 
 def test_route_tells_the_patches_experts(client, photo):
     found = client.predict(handle_file(str(photo)), api_name="/route")
-    assert found["grid"] == [4, 4]
+    assert [block["grid"] for block in found["blocks"]] == [[4, 4]] * 3
     assert [len(block["experts"]) for block in found["blocks"]] == [16] * 3
 
 
