@@ -187,6 +187,29 @@ def fit_processor(processor: Any, model: Any) -> None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
 
+def correct_token_count(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> tuple[int, int]:
+    """Bring configuration and processor into line with what tower and connector give.
+
+    Checkpoints from elsewhere often state another number of image tokens than they compute.
+
+    Returns:
+        The number that was stated, and the one that is computed.
+    """
+    config = model.config
+    layers = config.vision_feature_layer
+    layer = layers if isinstance(layers, int) else layers[-1]
+    num_tokens = sum(count_tokens(model.model.vision_tower, layer))
+    num_tokens -= config.vision_feature_select_strategy == "default"
+    computed = num_output_tokens(model.model.multi_modal_projector, num_tokens)
+    stated = config.image_seq_length
+    if stated != computed:
+        config.image_seq_length = computed
+        fit_processor(processor, model)
+    return stated, computed
+
+
 def upcycle_connector(
     model: LlavaForConditionalGeneration,
     num_experts: int = 4,

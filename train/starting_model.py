@@ -1,13 +1,14 @@
 """The MLLM that a run starts from, in the precision that the recipe gives its parts."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm.building import with_connector
+from mllm.building import correct_token_count, with_connector
 from mllm.chat_template import multimodal_chat_template, set_chat_template
 from mllm.images import with_images
 from mllm.llm import EMBEDDED_LLM, load_llm
@@ -18,6 +19,8 @@ from train.quantize import quantize_nf4
 from train.recipe import InstructionRecipe
 from vision_moe import InputError
 
+logger = logging.getLogger(__name__)
+
 
 def load_model(
     recipe: InstructionRecipe,
@@ -25,6 +28,12 @@ def load_model(
     """The MLLM that training starts from: an earlier one, or a new connector between two models."""
     if recipe.init_from is not None:
         model, processor = load_mllm(recipe.init_from)
+        stated, computed = correct_token_count(model, processor)
+        if stated != computed:
+            logger.warning(
+                "%s: states %s tokens for a picture, and computes %s; the latter are used",
+                *(recipe.init_from, stated, computed),
+            )
         if recipe.tower is not None:
             replace_vision_tower(model, recipe.tower, processor)
         if recipe.connector is not None:

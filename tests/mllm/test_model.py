@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import mllm as mllm_package
+from mllm.building import correct_token_count
 from mllm.model import build_llava, load_mllm, replace_vision_tower, save_mllm
 from vision_moe import CLIPMoEVisionModel, InputError
 
@@ -230,3 +231,12 @@ def test_failed_save_leaves_the_old_checkpoint(mllm, mllm_folder, monkeypatch):
 def test_saved_config_names_the_tower(mllm_folder):
     config = json.loads((mllm_folder / "config.json").read_text())
     assert config["vision_config"]["model_type"] == "clip_moe_vision"
+
+
+def test_stated_number_of_image_tokens_is_corrected(mllm, image):
+    model, processor = mllm
+    expected = logits(model, processor, image)
+    assert correct_token_count(model, processor) == (16, 16)
+    model.config.image_seq_length, processor.num_additional_image_tokens = 15, 0
+    assert correct_token_count(model, processor) == (15, 16)
+    torch.testing.assert_close(logits(model, processor, image), expected, rtol=0, atol=0)
