@@ -155,6 +155,8 @@ class MoEFeedForward(nn.Module):
     def _router_logits(self, x: Tensor) -> Tensor:
         # Outside autocast: in bf16 two experts often tie, and the choice would be by number.
         weight = self.router.weight
+        if x.device.type == "meta":                            # which autocast does not know
+            return self.router(x.to(weight.dtype))
         with torch.autocast(x.device.type, enabled=False):
             return self.router(x.to(weight.dtype) if weight.is_floating_point() else x)
 
