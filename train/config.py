@@ -25,7 +25,7 @@ def shipped_recipes() -> list[str]:
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe.
+    """Read a recipe, which may name another one as its ``base`` and say only what differs.
 
     Args:
         name_or_path: A shipped recipe's name, or a YAML file.
@@ -37,7 +37,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
             value of the wrong type.
     """
     path = _find(name_or_path)
-    content = _read(path)
+    content = _read_with_base(path)
     for override in overrides:
         _apply(content, override)
     return parse_recipe(content, str(path))
@@ -83,6 +83,32 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
         raise InputError(f"recipe '{name}': no such file")
     nearest = nearest_name(name, shipped_recipes())
     raise InputError(f"there is no recipe '{name}'; the nearest shipped one is '{nearest}'")
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's content over that of its ``base``, a shipped recipe's name or a path."""
+    content = _read(path)
+    if "base" not in content:
+        return content
+    base = content.pop("base")
+    if not isinstance(base, str):
+        raise InputError(f"recipe {path}: 'base' is {base!r}, it must be a recipe's name or path")
+    beside = path.parent / base
+    base_path = beside if beside.is_file() else _find(base)
+    if base_path in (path, *seen):
+        raise InputError(f"recipe {path}: its 'base' {base} leads back to it")
+    return _merged(_read_with_base(base_path, (path, *seen)), content)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``: dictionaries key by key, all else whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merged(old, value)
+        merged[key] = value
+    return merged
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -45,14 +45,15 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-def to_fake(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> int:
+def to_fake(
+    module: nn.Module, mode: FakeTensorMode, device: torch.device
+) -> dict[int, Tensor]:
     """Make a module of the meta device one that looks as if it stood on ``device``, in place.
 
     Returns:
-        Bytes of its parameters and buffers; what is shared counts once.
+        What stands for each parameter and buffer, by the old one's ``id``.
     """
     made: dict[int, Tensor] = {}
-    total = 0
     for child in module.modules():
         for tensors in (child._parameters, child._buffers):
             for name, tensor in tensors.items():
@@ -66,6 +67,5 @@ def to_fake(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> in
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     made[id(tensor)] = fake
-                    total += tensor.numel() * tensor.element_size()
                 tensors[name] = made[id(tensor)]  # type: ignore[assignment]
-    return total
+    return made

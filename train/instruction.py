@@ -298,6 +298,25 @@ def _encode_ahead(pictures: TowerFeatures, plan: RunPlan, rows: RowStore) -> Non
     pictures.read_ahead(sorted(keys))
 
 
+def training_module(
+    recipe: InstructionRecipe, model: LlavaForConditionalGeneration, parts: TrainableParts
+) -> InstructionModel:
+    """What computes the loss of a batch."""
+    module = InstructionModel(model, router_settings(recipe, model, parts))
+    if recipe.gradient_checkpointing:
+        module.checkpoint_blocks()
+    return module
+
+
+def optimizer_of(recipe: InstructionRecipe, parts: TrainableParts) -> torch.optim.Optimizer:
+    """AdamW, each part at its own rate."""
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": getattr(recipe.trainable, part).lr}
+        for part, parameters in parts.parameters.items()
+    ]
+    return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+
+
 def _fit(
     recipe: InstructionRecipe,
     stage: Stage,
@@ -309,15 +328,11 @@ def _fit(
     pictures: Pictures,
     skipped: SkippedSamples,
 ) -> Fitted:
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "lr": getattr(recipe.trainable, part).lr}
-        for part, parameters in parts.parameters.items()
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    optimizer = optimizer_of(recipe, parts)
     warmup_steps = math.ceil(recipe.warmup_ratio * plan.steps)
     borrowed = recipe.llm_quantization != "none" and recipe.trainable.llm.mode == "frozen"
     fitted = fit(
-        InstructionModel(model, router_settings(recipe, model, parts)),
+        training_module(recipe, model, parts),
         BatchDataset(rows, plan.batches, pictures, processor.tokenizer.pad_token_id or 0),
         optimizer,
         learning_rate_schedule(optimizer, recipe.schedule, warmup_steps, plan.steps),

@@ -4,6 +4,10 @@ B rows, L padded length, M labelled tokens, N image tokens, V tower width, D wid
 model, H, W sides of a picture.
 """
 
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +39,7 @@ class InstructionModel(nn.Module):
         super().__init__()
         self.llava = llava
         self.router_losses = RouterLosses(llava, routers)
+        self._attended = (torch.device("cpu"), 0)  # device and length of the last forward pass
 
     def forward(
         self,
@@ -81,7 +86,8 @@ class InstructionModel(nn.Module):
         if image_sizes is not None:
             projected = pack_views(model, projected, image_sizes)
         embeddings = embeddings.masked_scatter(is_image, projected.to(embeddings.dtype))
-        with attention_kernel(embeddings.device, embeddings.shape[1]):
+        self._attended = (embeddings.device, embeddings.shape[1])
+        with attention_kernel(*self._attended):
             output = model.language_model(
                 inputs_embeds=embeddings,
                 position_ids=position_ids,
@@ -98,6 +104,19 @@ class InstructionModel(nn.Module):
             total = total + labels.numel() * auxiliary
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
+
+    def checkpoint_blocks(self) -> None:
+        """Let the language model's blocks be computed again in the backward pass."""
+
+        def contexts() -> tuple[Any, Any]:
+            # What is computed again must be computed by the same attention kernel.
+            return nullcontext(), attention_kernel(*self._attended)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the newer name came within version 5
+            self.llava.model.language_model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+            )
 
     def num_tokens(self, batch: dict[str, Tensor]) -> Tensor:
         """Of a batch, without padding."""

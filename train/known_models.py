@@ -1,6 +1,6 @@
 """Architectures of the models that the shipped recipes name, for plans without the model hub.
 
-The numbers of their published ``config.json``; what trains is always what the hub or a folder gives.
+The numbers of their published ``config.json``; what trains is what the hub or a folder gives.
 """
 
 from typing import Any

@@ -170,6 +170,13 @@ def _tokenizer_of_size(size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, chat_template="{{ messages }}")
 
 
+class _Counts(list[int]):
+    """Numbers that can be read, unlike those of a tensor without content."""
+
+    def tolist(self) -> list[int]:
+        return self
+
+
 @contextmanager
 def even_routing() -> Iterator[None]:
     """Without values there is no routing: every expert gets its share, as training aims for."""
@@ -177,10 +184,8 @@ def even_routing() -> Iterator[None]:
     def even(chosen: Tensor, num_experts: int) -> SortedPairs:
         pairs = sort_by_expert(chosen, num_experts)
         share, rest = divmod(chosen.numel(), num_experts)
-        counts = [share + (expert < rest) for expert in range(num_experts)]
-        # Real numbers, which the splitting into groups can read.
-        real = torch.tensor(counts, device="cpu")
-        return SortedPairs(pairs.order, pairs.token, pairs.expert, real, pairs.place)
+        counts: Any = _Counts(share + (expert < rest) for expert in range(num_experts))
+        return SortedPairs(pairs.order, pairs.token, pairs.expert, counts, pairs.place)
 
     with (
         patch("vision_moe.dispatch.sort_by_expert", even),

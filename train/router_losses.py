@@ -150,7 +150,8 @@ class RouterLosses:
 
     def _add_load(self, block: str, logits: Tensor, top_k: int) -> None:
         chosen = logits.detach().topk(top_k, dim=-1).indices.reshape(-1)
-        counts = torch.bincount(chosen, minlength=logits.shape[-1])
+        experts = torch.arange(logits.shape[-1], device=chosen.device).unsqueeze(1)
+        counts = (chosen == experts).sum(1)
         self._add(f"router_load/{block}", counts / max(1, chosen.numel()))
 
     def pop_curves(self) -> dict[str, float]:

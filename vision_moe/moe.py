@@ -213,8 +213,9 @@ def load_balancing_loss(router_logits: Iterable[Tensor], world_size: int = 1) ->
     for logits in router_logits:
         num_experts = logits.shape[-1]
         probs = logits.reshape(-1, num_experts).softmax(-1, dtype=torch.float32)      # (T, E)
-        first = torch.bincount(probs.detach().argmax(-1), minlength=num_experts)
-        share = first.to(probs.dtype) / probs.shape[0]
+        first = probs.detach().argmax(-1)
+        experts = torch.arange(num_experts, device=first.device).unsqueeze(1)
+        share = (first == experts).sum(1).to(probs.dtype) / probs.shape[0]  # no bincount: it syncs
         if world_size > 1:
             torch.distributed.all_reduce(share)
             share = share / world_size

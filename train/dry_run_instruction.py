@@ -1,0 +1,51 @@
+"""``mllm train RECIPE --dry-run``: the plan of a run, from a model without weights."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from train.estimate import estimate_step, planned_rows
+from train.parts import PARTS
+from train.planned_model import planned_model
+from train.recipe import InstructionRecipe, Recipe
+from vision_moe import InputError
+
+_FIRST_RECORDS = 3
+
+
+def dry_run(recipe: Recipe) -> Iterator[str]:
+    """Lines of the plan: shapes, parts, first records, steps, memory.
+
+    Raises:
+        InputError: Something that the recipe names is not there or does not fit.
+    """
+    if not isinstance(recipe, InstructionRecipe):
+        raise InputError("--dry-run is for recipes of kind 'instruction'")
+    planned = planned_model(recipe)
+    config: Any = planned.model.config
+    vision, text = config.vision_config, config.text_config
+    yield (
+        f"picture {vision.image_size} px -> {config.image_seq_length} tokens of width"
+        f" {vision.hidden_size} -> connector -> {text.hidden_size};"
+        f" context {text.max_position_embeddings:,} tokens"
+    )
+    rows, plan = planned_rows(recipe, planned)
+    for number, row in enumerate(rows[:_FIRST_RECORDS]):
+        yield (
+            f"record {number}: {len(row):,} tokens, {len(row.image_keys)} pictures,"
+            f" {len(row.labels):,} tokens learnt"
+        )
+    if plan is not None:
+        tokens = sum(len(rows[row]) for batch in plan.batches for row in batch)
+        yield (
+            f"{len(rows):,} rows; {len(plan.batches):,} batches, {plan.gradient_accumulation} to a"
+            f" step, {plan.steps:,} steps, {tokens:,} tokens"
+        )
+    estimate = estimate_step(recipe, planned, rows, plan)
+    yield f"{'part':<12}{'parameters':>16}{'that train':>16}  how"
+    for part in PARTS:
+        if (count := estimate.num_parameters.get(part)) is None:
+            continue
+        how = getattr(recipe.trainable, part)
+        mode = how.mode if how.mode == "frozen" else f"{how.mode}, lr {how.lr:g}"
+        yield f"{part:<12}{count['total']:>16,}{count['trained']:>16,}  {mode}"
+    yield estimate.table()

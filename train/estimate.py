@@ -1,0 +1,245 @@
+"""``mllm estimate RECIPE``: memory and time that a run will need, before it runs.
+
+The model is built without weights, and one step of its largest batch is run on tensors without
+content, whose storages are added up. What the process itself takes is measured.
+
+B rows, L padded length, I pictures.
+"""
+
+import dataclasses
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from train.fake import PeakMemory, to_fake
+from train.instruction import RunPlan, build_rows, optimizer_of, plan_run, training_module
+from train.instruction_data import collate
+from train.instruction_rows import Row
+from train.instruction_sources import load_sources
+from train.planned_model import PlannedModel, even_routing, planned_model
+from train.precision import use_bf16
+from train.recipe import InstructionRecipe, Recipe
+from train.starting_model import set_parts
+from vision_moe import InputError
+
+# A four-bit weight with its doubly quantised scales: 4 bits, one byte for 64 of them, and a
+# 32-bit number for each 256 of those bytes.
+_NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, and what a step computes.
+
+    Attributes:
+        weights: Of the model.
+        gradients: Of what trains.
+        optimizer: Its state.
+        activations: What else a step holds at its peak.
+        process: What the process takes apart from tensors, on a CPU; 0 where they are elsewhere.
+        flops: Of the largest step, forward and backward.
+        steps: Optimiser steps; ``None`` where the data or the tokenizer is not there to count.
+        seconds: Of all steps, at the speed that this machine multiplies matrices.
+        num_parameters: ``{part: {"total", "trained"}}``.
+        notes: What was assumed.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    process: int
+    flops: int
+    steps: int | None
+    seconds: float | None
+    num_parameters: dict[str, dict[str, int]]
+    notes: list[str]
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.process
+
+    def table(self) -> str:
+        rows = [
+            ("weights", self.weights),
+            ("gradients", self.gradients),
+            ("optimizer state", self.optimizer),
+            ("activations of the largest batch", self.activations),
+        ]
+        if self.process:
+            rows.append(("the process itself", self.process))
+        rows.append(("peak memory of one process", self.total))
+        lines = [f"{name:<34}{size / _GB:>9.2f} GB" for name, size in rows]
+        lines.append(f"{'largest step':<34}{self.flops / 1e12:>9.2f} TFLOP")
+        if self.steps is not None and self.seconds is not None:
+            minutes = self.seconds / 60
+            lines.append(f"{f'{self.steps:,} steps on this machine':<34}{minutes:>9.1f} minutes")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """Estimate a recipe that trains an MLLM.
+
+    Raises:
+        InputError: It is of another kind, or something that it names is not there.
+    """
+    if not isinstance(recipe, InstructionRecipe):
+        raise InputError("estimates are for recipes of kind 'instruction'")
+    planned = planned_model(recipe)
+    rows, plan = planned_rows(recipe, planned)
+    return estimate_step(recipe, planned, rows, plan)
+
+
+def planned_rows(
+    recipe: InstructionRecipe, planned: PlannedModel
+) -> tuple[list[Row], RunPlan | None]:
+    """The rows that the run would see, if tokenizer and data are there."""
+    if planned.processor is None:
+        return [], None
+    try:
+        data = load_sources(recipe.data, recipe.seed)
+    except InputError as error:
+        planned.notes.append(f"the data cannot be read ({error}): the largest batch is assumed")
+        return [], None
+    rows = build_rows(recipe, planned.model, planned.processor, data.samples)
+    return rows, plan_run(recipe, rows)
+
+
+def estimate_step(
+    recipe: InstructionRecipe, planned: PlannedModel, rows: list[Row], plan: RunPlan | None
+) -> Estimate:
+    """Run the largest step without content."""
+    process = psutil.Process().memory_info().rss
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = planned.model
+    with even_routing():
+        parts = set_parts(recipe, model)
+    packed = _saved_by_four_bits(recipe, model)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = to_fake(model, mode, device)
+    weights = sum(_size(one) for one in fakes.values())
+    trained: Any = {
+        part: [fakes[id(one)] for one in ones] for part, ones in parts.parameters.items()
+    }
+    parts = dataclasses.replace(parts, parameters=trained)
+    wrapped = training_module(recipe, model, parts).train()
+    optimizer = optimizer_of(recipe, parts)
+    batch = _largest_batch(recipe, planned, rows, plan)
+    counter: Any = FlopCounterMode(display=False)
+    bf16 = use_bf16(recipe.precision)
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    with even_routing(), mode, PeakMemory() as memory, counter:
+        inputs = {name: torch.empty_like(one, device=device) for name, one in batch.items()}
+        for _ in range(2):  # the optimiser's state is there from the second step on
+            with autocast:
+                loss = wrapped(**inputs)["loss"]
+            loss.backward()
+            del loss
+            gradients = sum(_size(p.grad) for p in wrapped.parameters() if p.grad is not None)
+            optimizer.step()
+            optimizer.zero_grad()
+        state = sum(
+            _size(value)
+            for one in optimizer.state.values()
+            for value in one.values()
+            if isinstance(value, Tensor)
+        )
+    flops = counter.get_total_flops() // 2
+    steps = plan.steps if plan else None
+    seconds = None
+    if plan:
+        largest = sum(one.numel() for name, one in batch.items() if name == "input_ids")
+        tokens = sum(len(rows[row]) for one in plan.batches for row in one)
+        seconds = flops * tokens / max(1, largest) / _flops_per_second(device, bf16)
+    return Estimate(
+        weights=weights - packed,
+        gradients=gradients,
+        optimizer=state,
+        activations=memory.peak - gradients - state,
+        process=process if device.type == "cpu" else 0,
+        flops=flops,
+        steps=steps,
+        seconds=seconds,
+        num_parameters=parts.num_parameters,
+        notes=planned.notes,
+    )
+
+
+def _saved_by_four_bits(recipe: InstructionRecipe, model: Any) -> int:
+    """Bytes that the linear layers of the language model are smaller by, less one at full size:
+    each is unpacked while it is used."""
+    if recipe.llm_quantization == "none":
+        return 0
+    weights = [
+        layer.weight
+        for name, layer in model.model.language_model.named_modules()
+        if isinstance(layer, nn.Linear) and ".lora_" not in name
+    ]
+    saved = sum(one.numel() * (one.element_size() - _NF4_BYTES) for one in weights)
+    return int(saved - max(_size(one) for one in weights))
+
+
+def _largest_batch(
+    recipe: InstructionRecipe, planned: PlannedModel, rows: list[Row], plan: RunPlan | None
+) -> dict[str, Tensor]:
+    """By tokens with padding; where there are no rows, as many as the recipe allows."""
+    config: Any = planned.model.config
+    vision = config.vision_config
+    side = vision.image_size
+    height, width = (side, side) if isinstance(side, int) else side
+
+    def pictures(image_keys: Any) -> dict[str, Tensor]:
+        if recipe.trainable.tower_trains:
+            return {"pixel_values": torch.empty(len(image_keys), 3, height, width)}
+        shape = (len(image_keys), _tower_tokens(config), vision.hidden_size)
+        return {"image_features": torch.empty(shape)}
+
+    if plan is not None:
+        numbers = max(
+            plan.batches, key=lambda one: len(one) * max((len(rows[row]) for row in one), default=0)
+        )
+        return collate([rows[number] for number in numbers], pictures, 0)
+    context = recipe.max_length or config.text_config.max_position_embeddings
+    length = min(context, max(1, recipe.max_tokens_per_batch // recipe.batch_rows))
+    labels = recipe.batch_rows * max(1, length - config.image_seq_length) // 2
+    places = torch.zeros(recipe.batch_rows, length, dtype=torch.int64)
+    return {
+        "input_ids": places,
+        "position_ids": places,
+        "branch_ids": places,
+        "label_positions": torch.zeros(labels, dtype=torch.int64),
+        "labels": torch.zeros(labels, dtype=torch.int64),
+        **pictures(range(recipe.batch_rows)),
+    }
+
+
+def _tower_tokens(config: Any) -> int:
+    return int(getattr(config, "num_tower_tokens", config.image_seq_length))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _flops_per_second(device: torch.device, bf16: bool, seconds: float = 0.5) -> float:
+    """How fast this machine multiplies matrices of a language model's size."""
+    kind = torch.bfloat16 if bf16 else torch.float32
+    left = torch.randn(512, 1024, device=device, dtype=kind)
+    right = torch.randn(1024, 1024, device=device, dtype=kind)
+    left @ right
+    started, count = time.monotonic(), 0
+    while time.monotonic() - started < seconds:
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return count * 2 * left.numel() * right.shape[1] / (time.monotonic() - started)
