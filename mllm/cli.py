@@ -80,11 +80,22 @@ def upcycle(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--show-batch", type=click.IntRange(1), metavar="N",
               help="Print N samples, what is learnt in color, and train nothing.")  # fmt: skip
-def train(recipe: str, overrides: tuple[str, ...], show_batch: int | None) -> None:
+@click.option("--dry-run", is_flag=True,
+              help="Print the plan, from a model without weights, and train nothing.")  # fmt: skip
+def train(
+    recipe: str, overrides: tuple[str, ...], show_batch: int | None, dry_run: bool
+) -> None:
     """Run a training recipe: pretraining, instruction tuning, contrastive training.
 
     RECIPE is the name of a shipped recipe, or a YAML file.
     """
+    if dry_run:
+        from train.config import load_recipe
+        from train.dry_run_instruction import dry_run as plan_of
+
+        for line in plan_of(load_recipe(recipe, overrides)):
+            click.echo(line)
+        return
     if show_batch is not None:
         from train.config import load_recipe
         from train.show_batch import show_batch as lines_of
@@ -136,6 +147,17 @@ def check_data(file: str, image_folder: str | None, decode: bool, allow_outside:
     if found.num_faulty:
         share = f"{found.num_faulty:,} of {found.num_records:,}"
         raise InputError(f"{file}: {share} records are faulty")
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def estimate(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Tell the memory and time that RECIPE will need, before it runs."""
+    from train.config import load_recipe
+    from train.estimate import estimate as estimate_of
+
+    click.echo(estimate_of(load_recipe(recipe, overrides)).table())
 
 
 @cli.command()

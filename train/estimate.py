@@ -8,6 +8,7 @@ B rows, L padded length, I pictures.
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ def estimate(recipe: Recipe) -> Estimate:
 
 def planned_rows(
     recipe: InstructionRecipe, planned: PlannedModel
-) -> tuple[list[Row], RunPlan | None]:
+) -> tuple[Sequence[Row], RunPlan | None]:
     """The rows that the run would see, if tokenizer and data are there."""
     if planned.processor is None:
         return [], None
@@ -115,7 +116,7 @@ def planned_rows(
 
 
 def estimate_step(
-    recipe: InstructionRecipe, planned: PlannedModel, rows: list[Row], plan: RunPlan | None
+    recipe: InstructionRecipe, planned: PlannedModel, rows: Sequence[Row], plan: RunPlan | None
 ) -> Estimate:
     """Run the largest step without content."""
     process = psutil.Process().memory_info().rss
@@ -189,7 +190,7 @@ def _saved_by_four_bits(recipe: InstructionRecipe, model: Any) -> int:
 
 
 def _largest_batch(
-    recipe: InstructionRecipe, planned: PlannedModel, rows: list[Row], plan: RunPlan | None
+    recipe: InstructionRecipe, planned: PlannedModel, rows: Sequence[Row], plan: RunPlan | None
 ) -> dict[str, Tensor]:
     """By tokens with padding; where there are no rows, as many as the recipe allows."""
     config: Any = planned.model.config

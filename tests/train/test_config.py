@@ -136,3 +136,17 @@ def test_resolved_recipe_gives_the_same_again(recipe_file: Path, tmp_path: Path)
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipe_loads(name: str) -> None:
     assert recipe_dict(load_recipe(name))["kind"]
+
+
+def test_recipe_over_a_base_says_only_what_differs(recipe_file: Path, tmp_path: Path) -> None:
+    above = tmp_path / "above.yaml"
+    above.write_text("base: mine.yaml\nout: elsewhere\ntrainable:\n  llm: {lr: 3e-4}\n")
+    recipe = instruction(above)
+    assert (recipe.out, recipe.tower) == ("elsewhere", "a_tower")
+    assert (recipe.trainable.llm.mode, recipe.trainable.llm.lr) == ("lora", 3e-4)
+
+
+def test_base_that_leads_back_is_refused(tmp_path: Path) -> None:
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    assert "leads back" in message(tmp_path / "a.yaml")
