@@ -40,13 +40,14 @@ def cluster_features(features: Features, num_clusters: int, seed: int) -> np.nda
         seed: Of the sample, the initial centers and the mini-batches.
 
     Returns:
-        ``(M,)`` int64 cluster indices in ``[0, K)``, -1 for what is left out.
+        ``(M,)`` cluster indices in ``[0, K)``, -1 for what is left out, in the smallest integers.
 
     Raises:
         InputError: Fewer features than clusters.
     """
     rng = np.random.default_rng(seed)
-    sample = np.sort(rng.permutation(len(features))[:NUM_START_ROWS])
+    size = min(len(features), NUM_START_ROWS)
+    sample = np.sort(rng.choice(len(features), size, replace=False))
     rows = _directions(features, sample)
     if len(rows) < num_clusters:
         raise InputError(f"cannot make {num_clusters} clusters of {len(rows)} pairs")
@@ -55,7 +56,7 @@ def cluster_features(features: Features, num_clusters: int, seed: int) -> np.nda
     if len(sample) < len(features):
         for numbers in _random_runs(len(features), rng):
             kmeans.partial_fit(_directions(features, numbers))
-    labels = np.full(len(features), -1, np.int64)
+    labels = np.full(len(features), -1, np.min_scalar_type(-num_clusters))
     for start in range(0, len(features), NUM_START_ROWS):
         numbers = np.arange(start, min(start + NUM_START_ROWS, len(features)))
         values = features[numbers].astype(np.float32)
@@ -98,7 +99,11 @@ def stage_labels(
     if modality == "text":
         return text
     image = cluster_features(image_features, num_clusters, seed + 1)
-    return np.where((text < 0) | (image < 0), -1, num_clusters * text + image)
+    labels = text.astype(np.min_scalar_type(-(num_clusters**2)))  # a byte, for K up to 11
+    labels *= num_clusters
+    labels += image
+    labels[(text < 0) | (image < 0)] = -1
+    return labels
 
 
 def accumulate_labels(labels: np.ndarray | None, new: np.ndarray) -> np.ndarray:
@@ -109,12 +114,12 @@ def accumulate_labels(labels: np.ndarray | None, new: np.ndarray) -> np.ndarray:
 
 def num_occupied_clusters(labels: np.ndarray) -> list[int]:
     """How many accumulated clusters hold a pair after each stage (the paper: 9, 81, ~700)."""
-    kept = labels[(labels >= 0).all(axis=1)]
-    number = np.zeros(len(kept), np.int64)
-    occupied = []
-    for column in kept.T:
-        codes, number = np.unique(
-            number * (int(column.max(initial=0)) + 1) + column, return_inverse=True
-        )
-        occupied.append(len(codes))
-    return occupied
+    widths = labels.max(axis=0, initial=0).astype(np.int64) + 1
+    seen = [np.empty(0, np.int64) for _ in widths]
+    for start in range(0, len(labels), NUM_START_ROWS):
+        rows = labels[start : start + NUM_START_ROWS]
+        code = np.zeros(int((rows >= 0).all(axis=1).sum()), np.int64)
+        for depth, column in enumerate(rows[(rows >= 0).all(axis=1)].T):
+            code = code * widths[depth] + column
+            seen[depth] = np.union1d(seen[depth], code)
+    return [len(codes) for codes in seen]

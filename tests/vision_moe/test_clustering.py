@@ -60,6 +60,13 @@ def test_labels_lie_below_k_squared(image_group: np.ndarray, text_group: np.ndar
     assert set(labels) == set(range(K * K))
 
 
+def test_labels_are_bytes_as_long_as_they_fit(image_group: np.ndarray) -> None:
+    features = groups(image_group)
+    assert stage_labels(features, features, 11, seed=0).dtype == np.int8
+    labels = stage_labels(features, features, 12, seed=0)
+    assert labels.dtype == np.int16 and labels.min() >= 0 and labels.max() < 144
+
+
 def test_labels_depend_on_the_seed_alone() -> None:
     features = np.random.default_rng(0).standard_normal((300, 8))
     first, second = (stage_labels(features, -features, K, seed=5) for _ in range(2))
@@ -137,6 +144,14 @@ def test_accumulated_clusters_are_those_of_the_papers_sum(stages: list[list[int]
     for depth, stage in enumerate(stages):
         sums = sums * K * K + np.array(stage)
         assert num_occupied_clusters(accumulated(stages))[depth] == len(set(sums.tolist()))
+
+
+def test_clusters_of_many_pairs_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.random.default_rng(0).integers(9, size=(200, 2)).astype(np.int8)
+    expected = num_occupied_clusters(labels)
+    assert expected == [9, len(np.unique(labels, axis=0))]
+    monkeypatch.setattr(clustering, "NUM_START_ROWS", 7)
+    assert num_occupied_clusters(labels) == expected
 
 
 @settings(deadline=None)
