@@ -45,7 +45,7 @@ def question_box(label: str, max_new_lines: int = 8) -> gr.MultimodalTextbox:
     return gr.MultimodalTextbox(
         label=label,
         show_label=False,
-        placeholder="Ask about a picture: add, paste or drop it here, then Enter",
+        placeholder="Add, paste or drop pictures, and ask",
         file_count="multiple",
         file_types=EXTENSIONS,
         sources=["upload"],

@@ -22,6 +22,7 @@ CSS = (
 .gradio-container { max-width: 1160px !important; width: 100% !important;
   margin: 0 auto !important; }
 .gradio-container main { width: 100%; max-width: none !important; }
+.message img { max-height: 220px; width: auto; }
 #chat .example { border: 1px solid var(--border-color-primary); }
 #chat .placeholder, #chat .placeholder-content { text-align: center; }
 /* Gradio would send what is shared to another host. */
