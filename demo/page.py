@@ -37,6 +37,14 @@ button[aria-label="Share"], button[title="Share"] { display: none !important; }
     + experts_view.CSS
     + similarity_tab.CSS
 )
+# Escape stops the answer, wherever the focus is.
+HEAD = """<script>
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  const stops = [...document.querySelectorAll(".stop-button")];
+  stops.find((button) => button.offsetParent)?.click();
+});
+</script>"""
 # Fonts that every machine has: nothing is fetched.
 THEME = gr.themes.Soft(
     primary_hue="blue",

@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from demo.guard import Guard
 from demo.loading import Models, load_models
 from demo.options import DemoOptions
-from demo.page import CSS, THEME, build_page
+from demo.page import CSS, HEAD, THEME, build_page
 from vision_moe import InputError
 
 
@@ -87,6 +87,7 @@ def start_demo(options: DemoOptions, models: Models | None = None) -> RunningDem
             max_file_size=options.max_upload_megabytes * 2**20,
             theme=THEME,
             css=CSS,
+            head=HEAD,
             app_kwargs={"middleware": [Middleware(Guard)]},
             footer_links=["api", "settings"],
             state_session_capacity=1000,

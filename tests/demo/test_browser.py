@@ -145,11 +145,15 @@ def slow(chat_model, monkeypatch) -> list[int]:
     return computed
 
 
-def test_answer_grows_and_stop_ends_its_computation(page, photo, slow):
+@pytest.mark.parametrize("with_key", [False, True])
+def test_answer_grows_and_stop_ends_its_computation(page, photo, slow, with_key):
     page.ask("how many red circles?", photo)
     first = page.until(page.answers)[0]
     grown = page.until(lambda: [text for text in page.answers() if len(text) > len(first)])[0]
-    page.click("#question .stop-button")
+    if with_key:
+        page.driver.find_element("css selector", "body").send_keys("\ue00c")  # Escape
+    else:
+        page.click("#question .stop-button")
     page.until(page.finished)
     time.sleep(1)
     computed, kept = len(slow), page.answers()[0]
@@ -163,8 +167,9 @@ def test_regenerate_undo_edit_and_clear(page, photo):
     page.ask("is it red?", photo)
     first = page.wait(1)[0]
     page.ask("how many?")
-    page.wait(2)
+    second = page.wait(2)[1]
     page.click("#chat button[aria-label='Retry'], #chat button[title='Retry']")
+    page.until(lambda: not page.finished() or page.answers()[1:] != [second])
     page.until(lambda: page.finished() and len(page.answers()) == 2)
     page.click("#chat button[aria-label='Undo'], #chat button[title='Undo']")
     page.until(lambda: len(page.answers()) == 1)
@@ -180,6 +185,7 @@ def test_regenerate_undo_edit_and_clear(page, photo):
     page.until(
         lambda: "is there a blue square?" in " ".join(page.texts("#chat [data-testid=user]"))
     )
+    page.until(lambda: not page.finished() or page.answers() not in ([], [first]))
     page.until(lambda: page.finished() and len(page.answers()) == 1)
     page.click("#chat button[aria-label='Clear'], #chat button[title='Clear']")
     page.until(lambda: not page.answers())
