@@ -43,7 +43,7 @@ def quickstart_stage() -> UpcycleRecipe:
 
 
 def measure_stage(
-    report: BenchReport, recipe: UpcycleRecipe, repeats: int = 3, warmup: int = 1
+    report: BenchReport, recipe: UpcycleRecipe, repeats: int = 2, warmup: int = 1
 ) -> None:
     """The first DMU stage: one epoch over the pairs, after encoding and clustering them, beside
     one epoch of the same training on random batches.

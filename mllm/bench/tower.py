@@ -50,12 +50,12 @@ class Case:
 
 #: The paper's tower and a smaller one.
 CASES = (
-    Case("ViT-B-16", 1, 12, 11),
-    Case("ViT-B-16", 8, 12, 5),
-    Case("ViT-B-16", 32, 6, 3),
-    Case("ViT-L-14", 1, 24, 7),
-    Case("ViT-L-14", 8, 6, 5),
-    Case("ViT-L-14", 32, 4, 3),
+    Case("ViT-B-16", 1, blocks=12, repeats=9),
+    Case("ViT-B-16", 8, blocks=6, repeats=5),
+    Case("ViT-B-16", 32, blocks=3, repeats=3),
+    Case("ViT-L-14", 1, blocks=24, repeats=5),
+    Case("ViT-L-14", 8, blocks=4, repeats=3),
+    Case("ViT-L-14", 32, blocks=2, repeats=3),
 )
 #: Ranks of low-rank experts that are measured.
 RANKS = {"ViT-L-14": 32}
@@ -208,7 +208,7 @@ def _run(tower: CLIPMoEVisionModel, images: Tensor, onednn: bool = True) -> Call
     return run
 
 
-def measure_loading(report: BenchReport, name: str, repeats: int = 5) -> None:
+def measure_loading(report: BenchReport, name: str, repeats: int = 3) -> None:
     """Loading a CLIP-MoE folder with both towers beside reading the bytes of its weights."""
     description = _describe(name)
     config = CLIPMoEConfig(
