@@ -98,8 +98,10 @@ def start_demo(options: DemoOptions, models: Models | None = None) -> RunningDem
             prevent_thread_lock=True,
             quiet=True,
         )
-    except OSError as error:
+    except BaseException as error:  # an interrupt too: nothing stays behind
         shutil.rmtree(files, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise InputError(f"cannot listen on {options.host}: {error}") from error
     return RunningDemo(page, page.share_url or url, files)
 
