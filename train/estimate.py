@@ -217,6 +217,7 @@ def _largest_batch(
         "input_ids": places,
         "position_ids": places,
         "branch_ids": places,
+        "token_places": places.flatten(),
         "label_positions": torch.zeros(labels, dtype=torch.int64),
         "labels": torch.zeros(labels, dtype=torch.int64),
         **pictures(range(recipe.batch_rows)),

@@ -45,9 +45,10 @@ def collate(rows: Sequence[Row], pictures: Pictures, pad_token_id: int) -> dict[
         pad_token_id: Any id; padding is neither seen nor learnt.
 
     Returns:
-        ``input_ids``, ``position_ids``, ``branch_ids`` ``(B, L)``; ``label_positions`` ``(M,)``,
-        counted through the flattened ``(B * L)``; ``labels`` ``(M,)``; what ``pictures`` gives,
-        in the order of the pictures' tokens: I of them, 0 where all rows are text.
+        ``input_ids``, ``position_ids``, ``branch_ids`` ``(B, L)``; ``token_places`` ``(T,)``, all
+        but padding, and ``label_positions`` ``(M,)``, counted through the flattened ``(B * L)``;
+        ``labels`` ``(M,)``; what ``pictures`` gives, in the order of the pictures' tokens: I of
+        them, 0 where all rows are text.
     """
     length = max(len(row) for row in rows)
 
@@ -58,11 +59,13 @@ def collate(rows: Sequence[Row], pictures: Pictures, pad_token_id: int) -> dict[
         return torch.from_numpy(out)
 
     keys = [key for row in rows for key in row.image_keys]
+    token_places = [number * length + np.arange(len(row)) for number, row in enumerate(rows)]
     label_positions = [number * length + row.label_positions for number, row in enumerate(rows)]
     return {
         "input_ids": padded("input_ids", pad_token_id),
         "position_ids": padded("position_ids", 0),
         "branch_ids": padded("branch_ids", PADDING),
+        "token_places": torch.from_numpy(np.concatenate(token_places)),
         "label_positions": torch.from_numpy(np.concatenate(label_positions)),
         "labels": torch.from_numpy(np.concatenate([row.labels for row in rows])),
         **pictures(keys),

@@ -5,8 +5,6 @@ model, H, W sides of a picture.
 """
 
 import warnings
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from mllm.tiles import pack_views
-from train.attention import attention_kernel
 from train.instruction_data import PADDING, shared_prefix_mask
 from train.router_losses import RouterLosses, RouterSettings
+from train.row_attention import use_row_attention
 
 _LOGITS_CHUNK = 512
 
@@ -38,14 +36,15 @@ class InstructionModel(nn.Module):
     ) -> None:
         super().__init__()
         self.llava = llava
+        use_row_attention(llava.model.language_model)
         self.router_losses = RouterLosses(llava, routers)
-        self._attended = (torch.device("cpu"), 0)  # device and length of the last forward pass
 
     def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
         branch_ids: Tensor,
+        token_places: Tensor,
         label_positions: Tensor,
         labels: Tensor,
         image_features: Tensor | None = None,
@@ -62,6 +61,7 @@ class InstructionModel(nn.Module):
             input_ids: ``(B, L)``.
             position_ids: ``(B, L)``.
             branch_ids: ``(B, L)``, see :func:`shared_prefix_mask`.
+            token_places: ``(T,)``, where a token is, not padding; into the flattened ``(B * L)``.
             label_positions: ``(M,)`` into the flattened ``(B * L)``.
             labels: ``(M,)``.
             image_features: ``(I, N, V)``, in the order of the pictures' tokens; or
@@ -75,8 +75,11 @@ class InstructionModel(nn.Module):
             ``loss``, a scalar.
         """
         model = self.llava.model
-        embeddings = model.language_model.get_input_embeddings()(input_ids)      # (B, L, D)
-        is_image = (input_ids == self.llava.config.image_token_id).unsqueeze(-1)
+        # The rows end to end: no layer but attention sees rows, and none computes padding.
+        is_token = (branch_ids != PADDING).flatten()                              # (B * L)
+        line = input_ids.flatten()[token_places][None]                            # (1, T)
+        embeddings = model.language_model.get_input_embeddings()(line)            # (1, T, D)
+        is_image = (line == self.llava.config.image_token_id).unsqueeze(-1)
         with self.router_losses.watch(self.llava) as watched:
             if image_features is None:
                 assert pixel_values is not None, "a batch without pictures"
@@ -86,18 +89,20 @@ class InstructionModel(nn.Module):
         if image_sizes is not None:
             projected = pack_views(model, projected, image_sizes)
         embeddings = embeddings.masked_scatter(is_image, projected.to(embeddings.dtype))
-        self._attended = (embeddings.device, embeddings.shape[1])
-        with attention_kernel(*self._attended):
-            output = model.language_model(
-                inputs_embeds=embeddings,
-                position_ids=position_ids,
-                attention_mask=shared_prefix_mask(branch_ids),
-                use_cache=False,
-                **self.router_losses.llm_arguments,
-            )
+        sees = shared_prefix_mask(branch_ids)
+        output = model.language_model(
+            inputs_embeds=embeddings,
+            position_ids=position_ids.flatten()[token_places][None],
+            attention_mask=_bias(sees, embeddings.dtype),
+            token_places=token_places,
+            use_cache=False,
+            **self.router_losses.llm_arguments,
+        )
         has_pictures = len(image_features) > 0 and labels.numel() > 0
-        auxiliary = self.router_losses(watched, output, branch_ids != PADDING, has_pictures)
-        predicting = output.last_hidden_state.flatten(0, 1)[label_positions]      # (M, D)
+        all_tokens = torch.ones_like(line, dtype=torch.bool)
+        auxiliary = self.router_losses(watched, output, all_tokens, has_pictures)
+        places_in_line = is_token.cumsum(0) - 1
+        predicting = output.last_hidden_state[0, places_in_line[label_positions]]  # (M, D)
         chunks = zip(predicting.split(_LOGITS_CHUNK), labels.split(_LOGITS_CHUNK), strict=True)
         total = torch.stack([self._summed_loss(h, y) for h, y in chunks]).sum()
         if auxiliary is not None:
@@ -108,14 +113,10 @@ class InstructionModel(nn.Module):
     def checkpoint_blocks(self) -> None:
         """Let the language model's blocks be computed again in the backward pass."""
 
-        def contexts() -> tuple[Any, Any]:
-            # What is computed again must be computed by the same attention kernel.
-            return nullcontext(), attention_kernel(*self._attended)
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the newer name came within version 5
             self.llava.model.language_model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+                gradient_checkpointing_kwargs={"use_reentrant": False}
             )
 
     def num_tokens(self, batch: dict[str, Tensor]) -> Tensor:
@@ -143,6 +144,14 @@ class InstructionModel(nn.Module):
             _cross_entropy, self.llava.lm_head, hidden, labels, use_reentrant=False
         )
         return loss
+
+
+def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where ``sees``, else negative infinity, in the format that the layers compute in."""
+    kind = sees.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf)
 
 
 def _cross_entropy(lm_head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
