@@ -58,12 +58,19 @@ class ContrastiveModel(nn.Module):
     Args:
         clip: The model that trains.
         training: Label smoothing, temperature and, for routers, the weight of the balance loss.
+        batches: Pair numbers of each step's batch, to name them where something goes wrong.
     """
 
     accepts_loss_kwargs = False
 
-    def __init__(self, clip: CLIPMoEModel, training: ContrastiveTraining) -> None:
+    def __init__(
+        self,
+        clip: CLIPMoEModel,
+        training: ContrastiveTraining,
+        batches: Sequence[np.ndarray] = (),
+    ) -> None:
         super().__init__()
+        self.batches = batches
         self.clip = clip
         self.label_smoothing = training.label_smoothing
         self.logit_scale = training.logit_scale
@@ -104,6 +111,11 @@ class ContrastiveModel(nn.Module):
             loss = loss + self._router_losses(output.router_logits, state.num_processes)
         return {"loss": loss}
 
+    def describe_step(self, step: int) -> str:
+        """The pairs of a step, counted from 0."""
+        numbers = np.sort(self.batches[step]).tolist()
+        more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+        return f"pairs {', '.join(map(str, numbers[:8]))}{more}"
 
     def _router_losses(self, router_logits: Sequence[Tensor], world_size: int) -> Tensor:
         """Weighted sum of the routers' losses; the biases that stand in for one move here."""
@@ -169,7 +181,7 @@ def train_contrastive(
         parameter.requires_grad_(True)
     optimizer = build_optimizer(clip.named_parameters(), training)
     history = fit(
-        ContrastiveModel(clip, training).train(),
+        ContrastiveModel(clip, training, batches).train(),
         PairBatches(pairs, batches, clip, num_processes),
         optimizer,
         learning_rate_schedule(

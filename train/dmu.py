@@ -57,6 +57,7 @@ from vision_moe import (
     num_occupied_clusters,
     save,
     stage_labels,
+    stretch_text_context,
     upcycle,
 )
 
@@ -87,6 +88,8 @@ def run_stage(recipe: UpcycleRecipe, name: str) -> StageResult:
         seconds = stages.run(final, _unreachable).seconds + log["seconds_of_stages"]
         return StageResult(final.fingerprint, seconds, skipped=True)
     base = start_model(recipe.model, recipe.pretrained, recipe.seed)
+    if recipe.text_context is not None:
+        stretch_text_context(base, recipe.text_context)
     moe_config(recipe, base)  # what it cannot be is told before anything trains
     pairs = load_pairs(recipe.data, base, recipe.seed)
     before = 0.0

@@ -113,9 +113,15 @@ class WholeCheckpointTrainer(Trainer):
         whole = checkpoints.checkpoints_in(Path(self.args.output_dir))
         kept = f"{whole[0]} is from before it" if whole else "there is no checkpoint yet"
         return (
-            f"step {self.state.global_step + 1}: the {what} is {float(value)}; the run stops before"
-            f" the weights change ({kept}), lower the learning rate, or look at the data"
+            f"step {self.state.global_step + 1}{self._batch_of_step()}: the {what} is"
+            f" {float(value)}; the run stops before the weights change ({kept}), lower the learning"
+            " rate, or look at the data"
         )
+
+    def _batch_of_step(self) -> str:
+        """What the model can say of the batch that the step is at."""
+        describe = getattr(self.unwrapped, "describe_step", None)
+        return f" ({describe(self.state.global_step)})" if describe is not None else ""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speed, the routers' losses and their load, over all processes."""

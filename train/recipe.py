@@ -138,6 +138,9 @@ class UpcycleRecipe(Recipe):
     model: dict[str, Any] | str
     """A CLIP folder, a name that open_clip knows, or an open_clip configuration."""
     pretrained: str | None = None
+    text_context: Positive | None = None
+    """Stretch the text tower's positions to so many, for long captions (Long-CLIP: 248); as the
+    model has them by default."""
     data: ImageTextData = field(default_factory=lambda: ImageTextData(caption="detailed"))
     num_experts: Annotated[int, Ge(2)] = 4
     """The base and one expert for each stage."""

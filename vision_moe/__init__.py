@@ -60,6 +60,7 @@ from vision_moe.surgery import (
     load_ffn_state_dict,
     upcycle,
 )
+from vision_moe.text_context import stretch_text_context
 from vision_moe.zero_shot import (
     ClassFolder,
     class_features,
@@ -134,6 +135,7 @@ __all__ = [
     "save",
     "sha256_file",
     "stage_labels",
+    "stretch_text_context",
     "to_low_rank",
     "to_rgb",
     "uniform_routing",
