@@ -124,8 +124,10 @@ class Decoder:
         rows: Sequence[int],
         questions: list[list[int]],
         candidates: list[list[list[int]]],
-    ) -> list[list[float]]:
+    ) -> list[list[tuple[float, bool]]]:
         """``log p(candidate | prefix + question)`` of every candidate of every question.
+
+        Beside it, whether greedy decoding would begin with the candidate.
 
         Args:
             prefixes: What stands before the questions.
@@ -135,8 +137,12 @@ class Decoder:
         """
         cache, logits, mask, positions = self._read(prefixes, rows, questions)
         first = logits.float().log_softmax(-1)  # (B, V)
+        greedy = first.argmax(-1).tolist()
         totals = [
-            [float(first[row, candidate[0]]) for candidate in of_question]
+            [
+                (float(first[row, candidate[0]]), greedy[row] == candidate[0])
+                for candidate in of_question
+            ]
             for row, of_question in enumerate(candidates)
         ]
         longer = [
@@ -149,18 +155,16 @@ class Decoder:
             some = longer[start : start + len(questions)]
             texts = [candidates[row][number] for row, number in some]
             of_question = torch.tensor([row for row, _ in some], device=self._device)
-            for (row, number), value in zip(
-                some,
-                self._rest(cache, mask[of_question], positions[of_question], of_question, texts),
-                strict=True,
-            ):
-                totals[row][number] += value
+            rest = self._rest(cache, mask[of_question], positions[of_question], of_question, texts)
+            for (row, number), (value, is_greedy) in zip(some, rest, strict=True):
+                begun, was_greedy = totals[row][number]
+                totals[row][number] = begun + value, was_greedy and is_greedy
         return totals
 
     def _rest(
         self, cache: Any, mask: Tensor, positions: Tensor, rows: Tensor, texts: list[list[int]]
-    ) -> list[float]:
-        """Log-likelihoods of the texts' tokens from the second on, padded on the right."""
+    ) -> list[tuple[float, bool]]:
+        """Of the texts' tokens from the second on, padded on the right."""
         longest = max(map(len, texts))
         ids = torch.zeros(len(texts), longest, dtype=torch.long, device=self._device)
         counts = torch.zeros(len(texts), longest - 1, device=self._device)
@@ -173,8 +177,10 @@ class Decoder:
         logits = self._step(self._embed(ids[:, :-1]), own, mask, positions[:, -1:] + steps)
         log_probs = logits.float().log_softmax(-1)  # (B, longest - 1, V)
         chosen = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
-        values: list[float] = (chosen * counts).sum(1).tolist()
-        return values
+        differs = (log_probs.argmax(-1) != ids[:, 1:]) & (counts > 0)
+        return list(
+            zip((chosen * counts).sum(1).tolist(), (~differs.any(1)).tolist(), strict=True)
+        )
 
     def _read(
         self, prefixes: Prefixes, rows: Sequence[int], questions: list[list[int]]

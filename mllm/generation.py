@@ -55,11 +55,13 @@ class Answer:
         text: Without the end of turn.
         finished: The model ended it by itself.
         fault: Why there is no answer, in words; ``None`` where there is one.
+        log_likelihoods: Of each choice, and whether greedy decoding would begin with it.
     """
 
     text: str
     finished: bool = True
     fault: str | None = None
+    log_likelihoods: tuple[tuple[float, bool], ...] = ()
 
 
 OpenImage = Callable[[Hashable], Image.Image]
@@ -235,10 +237,11 @@ class Answerer:
             for request in batch
         ]  # fmt: skip
         scored = self._decoder.log_likelihoods(prefixes, rows, questions, candidates)
-        return [
-            Answer(request.choices[max(range(len(scores)), key=scores.__getitem__)])
-            for request, scores in zip(batch, scored, strict=True)
-        ]
+        answers = []
+        for request, scores in zip(batch, scored, strict=True):
+            best = max(range(len(scores)), key=lambda number, of=scores: of[number][0])
+            answers.append(Answer(request.choices[best], log_likelihoods=tuple(scores)))
+        return answers
 
     def _arithmetic(self) -> AbstractContextManager[object]:
         if self._dtype is None:
