@@ -239,7 +239,7 @@ class Answerer:
         scored = self._decoder.log_likelihoods(prefixes, rows, questions, candidates)
         answers = []
         for request, scores in zip(batch, scored, strict=True):
-            best = max(range(len(scores)), key=lambda number, of=scores: of[number][0])
+            best = max(range(len(scores)), key=[value for value, _ in scores].__getitem__)
             answers.append(Answer(request.choices[best], log_likelihoods=tuple(scores)))
         return answers
 
