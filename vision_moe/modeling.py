@@ -251,7 +251,8 @@ class CLIPMoEModel(_CLIPMoEPreTrainedModel):
         image_size = description["vision_cfg"].get("image_size", 224)
         processor = json.dumps(image_processor_config(image_size, **preprocess), indent=2)
         (Path(save_directory) / "preprocessor_config.json").write_text(f"{processor}\n")
-        if isinstance(self.tokenizer, open_clip.SimpleTokenizer) and is_causal(self.text):
+        # A tokenizer of the hub's keeps its name in the configuration, and is not needed to save.
+        if not description["text_cfg"].get("hf_tokenizer_name") and is_causal(self.text):
             transformers_tokenizer(self.tokenizer.context_length).save_pretrained(save_directory)
 
     @cached_property

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,16 @@ def launch(recipe: InstructionRecipe, config: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As each of the processes has: the order of sums is then the same."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_come_to_what_one_does(recipe: InstructionRecipe, tmp_path: Path) -> None:
     alone = run_recipe(recipe)
     recipe.out = str(tmp_path / "two")
