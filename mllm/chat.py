@@ -29,6 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from mllm.decoding import cache_argument
 from mllm.generation import encode_images
 from mllm.prompts import ChatPrompts, Question, clean_text
 from mllm.tiles import num_image_tokens
@@ -150,7 +151,7 @@ class ChatModel:
     ) -> Iterator[int]:
         warpers = sampling.warpers()
         generator = torch.Generator().manual_seed(sampling.seed)
-        cache = DynamicCache()
+        cache = {cache_argument(self.model): DynamicCache()}
         answer: list[int] = []
         with torch.inference_mode():
             embeds = self._embed(ids, images)  # (1, L, D)
@@ -158,7 +159,7 @@ class ChatModel:
             # Entered anew for each token: the mode is the thread's, and the reader's meanwhile.
             with torch.inference_mode():
                 logits = self.model(
-                    inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    inputs_embeds=embeds, use_cache=True, logits_to_keep=1, **cache
                 ).logits[:, -1]  # (1, V)
                 seen = torch.tensor([answer], dtype=torch.long, device=logits.device)
                 logits = warpers(seen, logits.float())

@@ -45,6 +45,12 @@ class Prefixes:
         return Prefixes(joined, parts[0].length)
 
 
+def cache_argument(model: Any) -> str:
+    """What ``forward`` calls the KV cache, which was renamed within transformers 5."""
+    takes = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in takes else "past_key_values"
+
+
 class Decoder:
     """Continues prompts with a model's language model.
 
@@ -58,9 +64,7 @@ class Decoder:
         self, model: LlavaForConditionalGeneration, end_ids: list[int], max_new_tokens: int
     ) -> None:
         self._language_model: Any = model.model.language_model
-        # Renamed within transformers 5.
-        takes = inspect.signature(self._language_model.forward).parameters
-        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
+        self._cache_argument = cache_argument(self._language_model)
         self._head = model.lm_head
         self._embed = model.get_input_embeddings()
         self._device = model.device
