@@ -1,4 +1,4 @@
-"""The plugin of lmms-eval: ``lmms_eval --model mllm --model_args pretrained=DIR``.
+"""The plugin of lmms-eval: ``python -m lmms_eval --model mllm --model_args pretrained=DIR``.
 
 lmms-eval finds :func:`manifest` by the entry point ``lmms_eval.models``.
 """
