@@ -437,7 +437,10 @@ def demo(**options: Any) -> None:
 @click.option("--json", "json_file", type=click.Path(path_type=Path),
               help="Write ratios, raw repeats, versions and hardware here.")  # fmt: skip
 def bench(name: str, overrides: tuple[str, ...], json_file: Path | None) -> None:
-    """Run the side-by-side benchmark NAME and print its table."""
+    """Run the side-by-side benchmark NAME and print its table.
+
+    NAME is one of demo, eval, tower and train.
+    """
     from vision_moe import InputError
 
     if name not in BENCHMARKS:

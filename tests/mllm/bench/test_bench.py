@@ -78,6 +78,13 @@ def test_command_prints_the_table_and_writes_the_json(tmp_path, monkeypatch, cap
     assert {"hardware", "versions", "config", "goals"} <= written.keys()
 
 
+def test_help_names_every_benchmark(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.BENCHMARKS)
+
+
 def test_unknown_benchmark_is_told(capsys):
     with pytest.raises(SystemExit) as done:
         cli.main(["bench", "nothing"])
