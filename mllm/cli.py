@@ -25,6 +25,7 @@ _FAULT, _INTERRUPTED = 2, 130
 BENCHMARKS: dict[str, str] = {
     "demo": "demo.bench",
     "eval": "mllm.bench.evaluation",
+    "evidence": "train.evidence.command",
     "tower": "train.bench_tower",
     "train": "train.bench",
 }
@@ -439,7 +440,7 @@ def demo(**options: Any) -> None:
 def bench(name: str, overrides: tuple[str, ...], json_file: Path | None) -> None:
     """Run the side-by-side benchmark NAME and print its table.
 
-    NAME is one of demo, eval, tower and train.
+    NAME is one of demo, eval, evidence, tower and train.
     """
     from vision_moe import InputError
 

@@ -1,0 +1,197 @@
+"""``mllm bench evidence`` on a tiny scale: its cells, its claims, and what a second run makes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from train.clip_evaluation import I2T, T2I, held_out_scenes
+from train.evidence.cells import Cell, EvidenceOptions
+from train.evidence.claims import difference, share_of_gain
+from train.evidence.command import planned_cells, run
+from train.evidence.experts import suppression, within_clusters
+from train.evidence.methods import METHODS, in_order
+from vision_moe import CLIPMoEModel, InputError, ffn_state_dict, load
+
+CLAIMS = {
+    "retrieval_vs_dense", "retrieval_vs_direct_finetuning", "retrieval_vs_sparse_upcycling",
+    "retrieval_vs_shuffled_labels", "retrieval_vs_seed_only", "retrieval_vs_uniform_routing",
+    "vqa_vs_dense", "vqa_vs_direct_finetuning", "zero_shot_vs_dense", "low_rank_share_of_gain",
+}  # fmt: skip
+TINY = {
+    "evidence_clip_moe": [
+        "data.num_pairs=24", "num_experts=3", "num_clusters=2", "rank=2",
+        "stage={steps: 2, batch_size: 8, lr: 1.0e-2}",
+        "router={steps: 2, batch_size: 8, lr: 1.0e-2}",
+    ],
+    "evidence_mllm": [
+        "data.0.num_images=4", "data.1.num_images=4", "batch_rows=8", "epochs=1",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def options(base: Path, llm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    values = {
+        "out": str(tmp_path_factory.mktemp("evidence") / "out"),
+        "base": str(base),
+        "llm": str(llm_folder),
+        "seeds": [0, 1],
+        "mllm_methods": ["dense", "direct", "dmu"],
+        "num_pairs": 24,
+        "num_questions": {"scenes": 4, "easy_vqa": 2},
+        "overrides": TINY,
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def finished(options: list[str]) -> Path:
+    run(options)
+    return Path(json.loads(options[0].removeprefix("out=")))
+
+
+def evidence(out: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / "evidence.json").read_text())
+    return content
+
+
+def test_every_claim_has_its_interval_and_seeds(finished: Path) -> None:
+    found = evidence(finished)["claims"]
+    assert found.keys() >= CLAIMS
+    for claim in found.values():
+        assert claim["seeds"] == 2
+    for name in CLAIMS - {"low_rank_share_of_gain"}:  # nothing may be gained: no share of it
+        assert found[name]["low"] <= found[name]["difference"] <= found[name]["high"]
+
+
+def test_every_cell_has_its_figures(finished: Path) -> None:
+    cells = evidence(finished)["cells"]
+    assert cells.keys() == {f"{name}-{seed}" for name in METHODS for seed in (0, 1)}
+    for cell in cells.values():
+        assert cell["test"].keys() >= {I2T, T2I, "color", "zero_shot"}
+        assert cell["compositional"].keys() >= {I2T, T2I}
+    assert cells["dmu-1"]["scenes"].keys() >= {"accuracy"}
+    assert "scenes" not in cells["sparse-0"]
+
+
+def test_experts_are_diagnosed_for_each_seed(finished: Path) -> None:
+    experts = evidence(finished)["experts"]
+    assert experts.keys() == {"0", "1"}
+    assert experts["0"]["control_oracle"] is not None
+    assert [one["stage"] for one in experts["0"]["suppression"]] == [1, 2]
+
+
+def test_dmu_and_its_uniform_mixture_share_their_experts(finished: Path) -> None:
+    dmu, uniform = (load(finished / f"{name}-0" / "clip") for name in ("dmu", "uniform"))
+    theirs = uniform.state_dict()
+    experts = {name: one for name, one in dmu.state_dict().items() if ".experts." in name}
+    assert experts and all(torch.equal(theirs[name], one) for name, one in experts.items())
+
+
+def test_weight_average_lies_between_the_stages(finished: Path, base: Path) -> None:
+    average = ffn_state_dict(load(finished / "average-0" / "clip"))
+    moe = load(finished / "dmu-0" / "clip")
+    name = "visual.transformer.resblocks.0.mlp"
+    layer = moe.get_submodule(name)
+    weights = [dict(expert.named_parameters()) for expert in layer.experts]  # type: ignore[union-attr, arg-type]
+    for key in weights[0]:
+        mean = torch.stack([one[key] for one in weights]).mean(0)
+        torch.testing.assert_close(average[f"{name}.{key}"], mean)
+
+
+def test_lost_cell_alone_is_made_again(finished: Path, options: list[str]) -> None:
+    def written() -> dict[Path, int]:
+        files = [path for path in finished.rglob("*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in files if path.parent != finished}
+
+    before, claims = written(), evidence(finished)["claims"]
+    shutil.rmtree(finished / "shuffled_labels-1")
+    run(options)
+    after = written()
+    assert after.keys() == before.keys()
+    remade = {path for path in after if after[path] != before[path]}
+    assert {path.relative_to(finished).parts[0] for path in remade} == {"shuffled_labels-1"}
+    assert evidence(finished)["claims"] == claims
+
+
+def test_cells_with_another_configuration_are_refused(
+    finished: Path, options: list[str]
+) -> None:
+    with pytest.raises(InputError, match="another configuration"):
+        run([*options, "num_pairs=20"])
+
+
+def test_methods_come_after_what_they_take(base: Path) -> None:
+    assert in_order(("average", "direct")) == ("dense", "direct", "dmu", "average")
+    with pytest.raises(InputError, match="'spars'; the nearest known one is 'sparse'"):
+        in_order(("spars",))
+
+
+def test_ablations_run_with_one_seed() -> None:
+    cells = planned_cells(EvidenceOptions(methods=("dmu",), ablations=True))
+    assert [cell.seed for cell in cells if cell.method == "experts_8"] == [0]
+    assert [cell.seed for cell in cells if cell.method == "dmu"] == [0, 1, 2]
+
+
+def test_each_method_trains_for_as_many_steps(base: Path, tmp_path: Path) -> None:
+    options = EvidenceOptions(out=str(tmp_path), base=str(base))
+    recipes = {name: Cell(name, 0, options).recipe() for name in METHODS}
+    steps = {(one.stage.steps, one.router.steps, one.num_experts) for one in recipes.values()}
+    assert len(steps) == 1
+
+
+def test_difference_of_two_methods_by_hand() -> None:
+    claim = difference([np.ones(50), np.ones(50)], [np.zeros(50), np.ones(50)], goal=40)
+    assert claim.difference == 50
+    # Seeds are drawn, too: both draws may be the one or the other.
+    assert (claim.low, claim.high) == (0, 100)
+    assert not claim.reached
+
+
+def test_interval_is_that_of_one_seeds_questions() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.random(400) < 0.7, rng.random(400) < 0.5
+    claim = difference([ours.astype(float)], [theirs.astype(float)])
+    gap = 100 * (ours.astype(float) - theirs)
+    half = 1.96 * gap.std() / 20
+    # Measured: within 0.15 points of the normal interval, of a half width of 7.
+    assert claim.low == pytest.approx(gap.mean() - half, abs=0.4)
+    assert claim.high == pytest.approx(gap.mean() + half, abs=0.4)
+    assert claim.reached
+
+
+def test_share_of_gain_by_hand() -> None:
+    base, whole = np.zeros(10), np.ones(10)
+    part = np.array([1.0] * 10)
+    assert share_of_gain([part], [whole], [base], 0.95).reached
+    half = share_of_gain([part / 2], [whole], [base], 0.95)
+    assert (half.difference, half.low, half.high, half.reached) == (0.5, 0.5, 0.5, False)
+
+
+def test_retrieval_within_clusters_by_hand() -> None:
+    image = torch.eye(4)
+    text = image[[1, 0, 2, 3]]  # the first two captions are exchanged
+    together = np.zeros((4, 1), np.int64)
+    assert within_clusters(image, text, together).tolist() == [0, 0, 1, 1]
+    apart = np.array([[0], [1], [2], [2]])
+    assert within_clusters(image, text, apart).tolist() == [1, 1]
+
+
+def test_suppression_test_of_equal_experts_finds_nothing(clip: CLIPMoEModel) -> None:
+    for layer in clip.modules():
+        if hasattr(layer, "experts"):
+            for expert in layer.experts:
+                expert.load_state_dict(layer.experts[0].state_dict())
+    found = suppression(clip, held_out_scenes(clip, 24, 0), 2, 0)
+    assert [one["stage"] for one in found] == [1, 2, 3]
+    assert all(one["before"] == one["after"] for one in found if one["num_queries"])
+
+
+def test_share_of_nothing_is_none() -> None:
+    nothing = share_of_gain([np.ones(5)], [np.zeros(5)], [np.zeros(5)], 0.95).as_json()
+    assert (nothing["difference"], nothing["low"], nothing["reached"]) == (None, None, False)

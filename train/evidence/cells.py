@@ -1,0 +1,266 @@
+"""One cell: train, measure, plug into an MLLM, ask; each step stands in a folder and is not run
+again once whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+
+from mllm.evaluate import EvaluationConfig, evaluate_model, read_predictions
+from mllm.model import load_mllm
+from mllm.tasks import Task, get_task
+from mllm.tasks.scenes import ScenesTask
+from train import run_recipe, stages
+from train.clip_evaluation import HeldOutScenes, held_out_scenes, measure_clip
+from train.config import load_recipe
+from train.contrastive import LOG_FILE
+from train.dmu import EXPERT_FILE
+from train.evidence.methods import ALL, METHODS
+from train.evidence.stand_in import make_stand_in
+from train.experts import load_expert
+from train.recipe import ContrastiveRecipe, InstructionRecipe, Recipe, UpcycleRecipe
+from train.stages import Stage, fingerprint_of
+from vision_moe import ffn_state_dict, load, save
+
+R = TypeVar("R", bound=Recipe)
+Split = Literal["validation", "test", "compositional"]
+
+#: Its pictures and its weights are no cell's.
+_BASE_SEED = 1000
+_HITS, _SCORES = "hits.safetensors", "scores.json"
+
+
+@dataclass(frozen=True)
+class EvidenceOptions:
+    """What ``key=value`` may set.
+
+    Attributes:
+        out: Folder of the cells and of what is found.
+        seeds: Of data, clusters, routers and test questions; one cell for each and method.
+        methods: See :mod:`train.evidence.methods`.
+        ablations: Also every ablation, with the first seed alone.
+        mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
+        base: Folder of a CLIP to start from; without, the recipe ``evidence_base`` trains one.
+        llm: ``stand_in`` (:mod:`train.evidence.stand_in`), ``embedded`` (SmolLM2) or a folder.
+        splits: The first is what claims rest on. To choose by: ``[validation]``.
+        num_pairs: Scenes of each split, candidates of the retrieval.
+        num_questions: By task.
+        overrides: By recipe: ``key=value`` over what it says.
+    """
+
+    out: str = "runs/evidence"
+    seeds: tuple[Annotated[int, Ge(0)], ...] = (0, 1, 2)
+    methods: tuple[str, ...] = tuple(METHODS)
+    ablations: bool = False
+    mllm_methods: tuple[str, ...] = ("dense", "direct", "direct_ffn", "dmu")
+    base: str | None = None
+    llm: str = "stand_in"
+    splits: tuple[Split, ...] = ("test", "compositional")
+    num_pairs: Annotated[int, Gt(1)] = 2000
+    num_questions: dict[str, int] = field(
+        default_factory=lambda: {"scenes": 2000, "easy_vqa": 1000}
+    )
+    overrides: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method with a seed."""
+
+    method: str
+    seed: int
+    options: EvidenceOptions
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.options.out) / self.name
+
+    @property
+    def clip(self) -> Path:
+        """The CLIP that it made; the dense cells' is the base."""
+        return base_folder(self.options) if self.method == "dense" else self.folder / "clip"
+
+    def run(self) -> None:
+        """Do what is not done yet."""
+        self.train()
+        for split in self.options.splits:
+            self.measure(split)
+        if self.method in self.options.mllm_methods:
+            self.tune_mllm()
+            for task in self.options.num_questions:
+                self.ask(task)
+
+    def recipe(self) -> UpcycleRecipe:
+        """What a method that trains runs; of ``average`` its stages'."""
+        paths = {"out": self.clip, "model": base_folder(self.options), "seed": self.seed}
+        return _load("evidence_clip_moe", UpcycleRecipe, self.options, paths,
+                     ALL[self.method].overrides)  # fmt: skip
+
+    def train(self) -> None:
+        """Make the CLIP."""
+        method = ALL[self.method]
+        own = Path(f"{self.clip}.stages")
+        if method.stages_of is None:
+            if method.trains:
+                run_recipe(self.recipe())
+            return
+        theirs = Cell(method.stages_of, self.seed, self.options).clip
+        if not self.clip.exists():
+            shutil.copytree(f"{theirs}.stages", own, dirs_exist_ok=True)
+        if method.trains:
+            run_recipe(self.recipe())
+        else:
+            stage = Stage("weight average", self.clip, {}, [fingerprint_of(theirs)])
+            stages.run(stage, partial(self._average, own))
+        shutil.rmtree(own, ignore_errors=True)
+
+    def _average(self, stage_folders: Path, folder: Path) -> None:
+        base = load(base_folder(self.options))
+        experts = [ffn_state_dict(base)]
+        experts += [load_tensors(file) for file in stage_folders.glob(f"stage_*/{EXPERT_FILE}")]
+        mean = {
+            name: torch.stack([one[name] for one in experts]).mean(0) for name in experts[0]
+        }
+        save(load_expert(self.recipe(), base, mean), folder)
+
+    def measure(self, split: Split) -> None:
+        """What the CLIP knows."""
+        config = {"num_pairs": self.options.num_pairs, "seed": self.seed, "split": split}
+        stage = Stage("CLIP evaluation", self.folder / split, config, [fingerprint_of(self.clip)])
+        stages.run(stage, partial(self._measure, split))
+
+    def _measure(self, split: Split, folder: Path) -> None:
+        base = base_folder(self.options)  # all have its tokenizer and preprocessing
+        scenes = scenes_of(base, self.options.num_pairs, self.seed, split)
+        hits = measure_clip(load(self.clip), scenes).hits
+        save_file({name: hit.astype(np.uint8) for name, hit in hits.items()}, folder / _HITS)
+        _write(folder / _SCORES, {name: float(hit.mean()) for name, hit in hits.items()})
+
+    def tune_mllm(self) -> None:
+        """The same language model, connector, data, steps and seed for each tower."""
+        paths = {
+            "out": self.folder / "mllm",
+            "tower": self.clip,
+            "llm": language_model(self.options, self.seed),
+            "seed": self.seed,
+        }
+        run_recipe(_load("evidence_mllm", InstructionRecipe, self.options, paths))
+
+    def ask(self, task: str) -> None:
+        """Put a task's test questions to the MLLM."""
+        config = {"num_questions": self.options.num_questions[task], "seed": self.seed,
+                  "split": self.options.splits[0]}  # fmt: skip
+        mllm = self.folder / "mllm"
+        stage = Stage("MLLM evaluation", self.folder / task, config, [fingerprint_of(mllm)])
+        stages.run(stage, partial(self._ask, task, mllm))
+
+    def _ask(self, task: str, mllm: Path, folder: Path) -> None:
+        model, processor = load_mllm(mllm)
+        config = EvaluationConfig(self.options.num_questions[task], self.seed)
+        evaluate_model(
+            model, processor, self._task(task), config, self.name, progress=False
+        ).save(folder)
+
+    def _task(self, name: str) -> Task:
+        if name == "scenes":
+            return ScenesTask(self.options.splits[0])
+        return get_task(name)
+
+    def hits(self, split: Split) -> dict[str, np.ndarray]:
+        """For each kind of question ``(N,)``, 0 or 1."""
+        file = self.folder / split / _HITS
+        return {name: hit.astype(np.float64) for name, hit in load_file(file).items()}
+
+    def answers(self, task: str) -> tuple[np.ndarray, list[str]]:
+        """``(N,)`` scores of an MLLM's answers, and each question's category."""
+        predictions = read_predictions(self.folder / task)
+        scores = np.array([float(one.score or 0.0) for one in predictions])
+        return scores, [one.category for one in predictions]
+
+    def findings(self) -> dict[str, Any]:
+        """Raw figures for ``evidence.json``."""
+        found: dict[str, Any] = {"method": self.method, "seed": self.seed}
+        for split in self.options.splits:
+            found[split] = _read(self.folder / split / _SCORES)
+        if self.method != "dense":
+            record = _read(self.clip / stages.RECORD)
+            found["seconds"] = record["seconds"]
+        log = self.clip / LOG_FILE
+        if self.method != "dense" and log.is_file():
+            content = _read(log)
+            found["seconds_of_stages"] = content["seconds_of_stages"]
+            found["num_clusters"] = [one["num_clusters"] for one in content.get("stages", [])]
+            found["router_change"] = content.get("router_change", {})
+        if self.method in self.options.mllm_methods:
+            for task in self.options.num_questions:
+                found[task] = _read(self.folder / task / _SCORES)["metrics"]
+        return found
+
+
+def base_folder(options: EvidenceOptions) -> Path:
+    """Where the CLIP is that all start from."""
+    return Path(options.base) if options.base is not None else Path(options.out) / "base"
+
+
+def train_base(options: EvidenceOptions) -> None:
+    """Train it, unless one is given."""
+    if options.base is None:
+        paths = {"out": base_folder(options), "seed": _BASE_SEED}
+        run_recipe(_load("evidence_base", ContrastiveRecipe, options, paths))
+
+
+def language_model(options: EvidenceOptions, seed: int) -> str:
+    """The name or folder that a recipe gets; the stand-in of a seed is made once."""
+    if options.llm != "stand_in":
+        return options.llm
+    folder = Path(options.out) / f"stand_in-{seed}"
+    stages.run(Stage("stand-in language model", folder, {"seed": seed}), _make_stand_in(seed))
+    return os.fspath(folder)
+
+
+def _make_stand_in(seed: int) -> Callable[[Path], None]:
+    return lambda folder: make_stand_in(folder, seed)
+
+
+@lru_cache(maxsize=4)
+def scenes_of(base: Path, num_pairs: int, seed: int, split: Split) -> HeldOutScenes:
+    """The scenes of a split, drawn once for all cells of a seed."""
+    return held_out_scenes(load(base), num_pairs, seed, split)
+
+
+def _load(
+    name: str,
+    kind: type[R],
+    options: EvidenceOptions,
+    settings: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+) -> R:
+    plain = {k: os.fspath(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    given = [f"{key}={json.dumps(value)}" for key, value in plain.items()]
+    recipe = load_recipe(name, [*options.overrides.get(name, ()), *overrides, *given])
+    assert isinstance(recipe, kind)
+    return recipe
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _write(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,209 @@
+"""The benchmark ``evidence``: all cells, then what they show."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from mllm.allocator import keep_freed_memory
+from mllm.bench import BenchReport, parse_options
+from train import stages
+from train.clip_evaluation import I2T, T2I, ZERO_SHOT
+from train.evidence.cells import Cell, EvidenceOptions, base_folder, scenes_of, train_base
+from train.evidence.claims import Claim, difference, share_of_gain
+from train.evidence.experts import examine_experts
+from train.evidence.methods import ABLATIONS, in_order
+from train.stages import Stage, fingerprint_of
+from vision_moe import InputError, writable_folder
+
+#: Claim -> the method that DMU is compared with in retrieval.
+RETRIEVAL_CLAIMS = {
+    "retrieval_vs_dense": "dense",
+    "retrieval_vs_direct_finetuning": "direct",
+    "retrieval_vs_direct_finetuning_ffn": "direct_ffn",
+    "retrieval_vs_sparse_upcycling": "sparse",
+    "retrieval_vs_shuffled_labels": "shuffled_labels",
+    "retrieval_vs_seed_only": "seeds",
+    "retrieval_vs_weight_average": "average",
+    "retrieval_vs_uniform_routing": "uniform",
+}
+VQA_CLAIMS = {
+    "vqa_vs_dense": ("scenes", "dense", 2.0),
+    "vqa_vs_direct_finetuning": ("scenes", "direct", 0.0),
+    "vqa_vs_direct_finetuning_ffn": ("scenes", "direct_ffn", 0.0),
+    "easy_vqa_vs_dense": ("easy_vqa", "dense", 0.0),
+}
+_DIAGNOSED_SCENES = 500
+
+
+@dataclass
+class EvidenceReport(BenchReport):
+    """Also what every cell found, what is claimed, and the experts of each seed's CLIP-MoE."""
+
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    claims: dict[str, Claim] = field(default_factory=dict)
+    experts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``evidence.json`` has it."""
+        return {
+            **super().to_dict(),
+            "claims": {name: claim.as_json() for name, claim in self.claims.items()},
+            "cells": self.cells,
+            "experts": self.experts,
+        }
+
+    def table(self) -> str:
+        """A line for each claim."""
+        width = max(map(len, self.claims), default=0)
+        lines = [f"mllm bench {self.name}", f"  {'':<{width}}  difference  95 % interval"]
+        for name, claim in self.claims.items():
+            interval = f"{claim.low:.2f} to {claim.high:.2f}"
+            verdict = "reached" if claim.reached else "MISSED"
+            lines.append(
+                f"  {name:<{width}}  {claim.difference:10.2f}  {interval:<18} {claim.seeds} seeds,"
+                f" {verdict}"
+            )
+        lines += [f"  {label:<{width}}  {fact}" for label, fact in self.facts.items()]
+        return "\n".join(lines)
+
+
+def run(overrides: Sequence[str]) -> EvidenceReport:
+    """Run the cells that are missing, and put together what all found.
+
+    Raises:
+        InputError: An option is wrong, or ``out`` holds cells with another configuration.
+    """
+    options = parse_options(EvidenceOptions, overrides)
+    cells = planned_cells(options)
+    keep_freed_memory()
+    out = writable_folder(options.out)
+    started = time.monotonic()
+    _say("base CLIP", 0, len(cells), started)
+    train_base(options)
+    for number, cell in enumerate(cells):
+        _say(cell.name, number, len(cells), started)
+        cell.run()
+        if cell == cells[-1] or cells[number + 1].seed != cell.seed:
+            # A seed is done: what is known by now is written.
+            report = summarise(options, cells[: number + 1])
+            report.save(out / "evidence.json")
+    report.facts["written"] = str(out / "evidence.json")
+    return report
+
+
+def planned_cells(options: EvidenceOptions) -> list[Cell]:
+    """Seed by seed, so that whatever is done by some time is whole seeds.
+
+    Raises:
+        InputError: A method, split or task is unknown or missing.
+    """
+    if not options.seeds or not options.splits:
+        raise InputError("option 'seeds' and option 'splits' must name at least one")
+    if unknown := set(options.num_questions) - {"scenes", "easy_vqa"}:
+        raise InputError(f"option 'num_questions': no task '{min(unknown)}' here")
+    names = in_order(options.methods)
+    if without_clip := set(options.mllm_methods) - set(names):
+        # Not asked for, as a CLIP: as an MLLM neither.
+        mllm_methods = tuple(n for n in options.mllm_methods if n not in without_clip)
+        in_order(options.mllm_methods)
+        options = dataclasses.replace(options, mllm_methods=mllm_methods)
+    cells = [Cell(name, seed, options) for seed in options.seeds for name in names]
+    if options.ablations:
+        more = in_order((*names, *ABLATIONS))
+        cells += [Cell(name, options.seeds[0], options) for name in more if name not in names]
+    return cells
+
+
+def summarise(options: EvidenceOptions, cells: Sequence[Cell]) -> EvidenceReport:
+    """What the cells found, all of them done."""
+    report = EvidenceReport("evidence", dataclasses.asdict(options))
+    report.cells = {cell.name: cell.findings() for cell in cells}
+    by_seed: dict[int, dict[str, Cell]] = {}
+    for cell in cells:
+        by_seed.setdefault(cell.seed, {})[cell.method] = cell
+    for seed, found in by_seed.items():
+        if "dmu" in found:
+            report.experts[str(seed)] = _experts(options, found)
+    report.claims = claims(options, by_seed)
+    return report
+
+
+def _experts(options: EvidenceOptions, found: dict[str, Cell]) -> dict[str, Any]:
+    dmu, control = found["dmu"], found.get("seeds")
+    folders = [dmu.clip] if control is None else [dmu.clip, control.clip]
+    num_scenes = min(_DIAGNOSED_SCENES, options.num_pairs)
+    config = {"num_pairs": options.num_pairs, "split": options.splits[0], "scenes": num_scenes}
+    stage = Stage("experts", dmu.folder / "experts", config,
+                  [fingerprint_of(folder) for folder in folders])  # fmt: skip
+    stages.run(stage, partial(_examine, dmu, control, num_scenes))
+    content: dict[str, Any] = json.loads((stage.folder / "experts.json").read_text())
+    return content
+
+
+def _examine(dmu: Cell, control: Cell | None, num_scenes: int, folder: Path) -> None:
+    options = dmu.options
+    scenes = scenes_of(base_folder(options), options.num_pairs, dmu.seed, options.splits[0])
+    examined = examine_experts(
+        dmu.clip, None if control is None else control.clip, scenes,
+        dmu.recipe().num_clusters, dmu.seed, num_scenes,
+    )  # fmt: skip
+    (folder / "experts.json").write_text(json.dumps(examined, indent=2) + "\n")
+
+
+def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dict[str, Claim]:
+    """Those whose methods have run, over the seeds that have all of them."""
+    split = options.splits[0]
+    made: dict[str, Claim] = {}
+
+    def scores(*methods: str) -> list[list[dict[str, np.ndarray]]]:
+        """For each method and seed, its hits."""
+        whole = [found for found in by_seed.values() if set(methods) <= found.keys()]
+        return [[found[method].hits(split) for found in whole] for method in methods]
+
+    def retrieval(one: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+        return [(hits[I2T] + hits[T2I]) / 2 for hits in one]
+
+    for name, other in RETRIEVAL_CLAIMS.items():
+        ours, theirs = scores("dmu", other)
+        if ours:
+            made[name] = difference(retrieval(ours), retrieval(theirs))
+    ours, base = scores("dmu", "dense")
+    if ours:
+        named = [[hits[ZERO_SHOT] for hits in one] for one in (ours, base)]
+        made["zero_shot_vs_dense"] = difference(named[0], named[1], -1.0, above_zero=False)
+    part, whole, base = scores("low_rank", "dmu", "dense")
+    if part:
+        made["low_rank_share_of_gain"] = share_of_gain(
+            retrieval(part), retrieval(whole), retrieval(base), goal=0.95
+        )
+    for name, (task, other, goal) in VQA_CLAIMS.items():
+        asked = [
+            (found["dmu"], found[other])
+            for found in by_seed.values()
+            if {"dmu", other} <= {*found} & {*found["dense"].options.mllm_methods}
+        ]
+        if asked and task in options.num_questions:
+            made[name] = difference(
+                [cell.answers(task)[0] for cell, _ in asked],
+                [cell.answers(task)[0] for _, cell in asked],
+                goal,
+            )
+    return made
+
+
+def _say(name: str, number: int, total: int, started: float) -> None:
+    """Which cell comes, and how long the others may take, by those before."""
+    elapsed = time.monotonic() - started
+    left = f", {elapsed / number * (total - number) / 60:.0f} minutes left" if number else ""
+    click.echo(f"\n[{number + 1}/{total}] {name}{left}", file=sys.stderr)

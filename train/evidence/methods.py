@@ -1,0 +1,75 @@
+"""What is compared: ways from one dense CLIP to another CLIP, at the same number of steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from train.config import nearest_name
+from vision_moe import InputError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a CLIP.
+
+    Attributes:
+        title: For tables.
+        overrides: ``key=value`` over the recipe ``evidence_clip_moe``.
+        stages_of: Another method whose trained stages are taken.
+        trains: It runs that recipe.
+    """
+
+    title: str
+    overrides: tuple[str, ...] = ()
+    stages_of: str | None = None
+    trains: bool = True
+
+
+#: The methods of the claims.
+METHODS: dict[str, Method] = {
+    "dense": Method("dense base", trains=False),
+    "direct": Method("direct fine-tuning, all parameters", ("method=direct",)),
+    "direct_ffn": Method(
+        "direct fine-tuning, FFN", ("method=direct", "direct_parameters=ffn")
+    ),
+    "sparse": Method("sparse upcycling", ("method=sparse",)),
+    "seeds": Method("experts that differ in their seeds", ("method=seeds",)),
+    "shuffled_labels": Method("DMU, labels shuffled", ("method=shuffled_labels",)),
+    "dmu": Method("CLIP-MoE (DMU)"),
+    "average": Method("weight average of DMU's stages", stages_of="dmu", trains=False),
+    "uniform": Method("DMU, uniform routing", ("router.kind=uniform",), stages_of="dmu"),
+    "low_rank": Method("CLIP-MoE, low-rank experts", ("experts=low_rank",)),
+}  # fmt: skip
+
+#: One thing of DMU changed at a time.
+ABLATIONS: dict[str, Method] = {
+    "experts_2": Method("2 experts", ("num_experts=2",)),
+    "experts_8": Method("8 experts", ("num_experts=8",)),
+    "top_1": Method("top-1", ("top_k=1",), stages_of="dmu"),
+    "clusters_2": Method("K = 2", ("num_clusters=2",)),
+    "clusters_3": Method("K = 3", ("num_clusters=3",)),
+    "stage_init_base": Method("stages start from the base", ("stage_init=base",)),
+    "global_share_0": Method("in-cluster batches alone", ("global_share=0",)),
+    "second_half": Method(
+        "second half of the blocks", ("vision_blocks=second_half", "text_blocks=second_half")
+    ),
+    "rank_8": Method("low-rank experts, rank 8", ("experts=low_rank", "rank=8")),
+    "router_lr_low": Method("router lr / 10", ("router.lr=1.0e-3",), stages_of="dmu"),
+    "no_balance": Method("no balance loss", ("router.balance=0",), stages_of="dmu"),
+}
+
+ALL = {**METHODS, **ABLATIONS}
+
+
+def in_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The methods with those whose stages they take, each after what it needs.
+
+    Raises:
+        InputError: There is no such method; the nearest one is named.
+    """
+    for name in names:
+        if name not in ALL:
+            nearest = nearest_name(name, list(ALL))
+            raise InputError(f"there is no method '{name}'; the nearest known one is '{nearest}'")
+    needed = {*names, "dense", *(ALL[name].stages_of for name in names)}
+    return tuple(name for name in ALL if name in needed)
