@@ -108,8 +108,10 @@ def train(
 
 
 def _run_recipe(name: str, overrides: tuple[str, ...], upcycles: bool) -> None:
+    from mllm.allocator import keep_freed_memory
     from train import run_recipe
 
+    keep_freed_memory()
     folder = run_recipe(_load_recipe(name, overrides, upcycles))
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says where it is
         click.echo(folder)

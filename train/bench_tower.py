@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from mllm.allocator import keep_freed_memory
 from mllm.bench import BenchReport, interleave, parse_options
 from mllm.bench.tower import TowerOptions, measure_loading, measure_towers
 from train import dmu
@@ -54,6 +55,7 @@ def measure_stage(
         repeats: Rounds that count.
         warmup: Rounds before them.
     """
+    keep_freed_memory()  # as in ``mllm upcycle``
     stage = recipe.stage
     data = dataclasses.replace(recipe.data, num_pairs=stage.steps * stage.batch_size)
     recipe = dataclasses.replace(recipe, data=data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather
 from torch import Tensor, nn
 
 from train import stages
 from train.attention import attention_kernel
 from train.config import recipe_dict, save_resolved
-from train.engine import RunSettings, checkpoint_folder, fit
+from train.engine import RunSettings, fit
 from train.optimizers import build_optimizer
 from train.pair_batches import PairBatches, random_batches
 from train.pair_sources import fingerprints
@@ -35,6 +35,7 @@ from train.stages import Stage, StageResult
 from vision_moe import (
     CLIPMoEConfig,
     CLIPMoEModel,
+    FeatureShards,
     InputError,
     contrastive_loss,
     load,
@@ -59,6 +60,7 @@ class ContrastiveModel(nn.Module):
         clip: The model that trains.
         training: Label smoothing, temperature and, for routers, the weight of the balance loss.
         batches: Pair numbers of each step's batch, to name them where something goes wrong.
+        kept: Where the features of every step go.
     """
 
     accepts_loss_kwargs = False
@@ -68,20 +70,25 @@ class ContrastiveModel(nn.Module):
         clip: CLIPMoEModel,
         training: ContrastiveTraining,
         batches: Sequence[np.ndarray] = (),
+        kept: FeatureShards | None = None,
     ) -> None:
         super().__init__()
         self.batches = batches
+        self.kept = kept
         self.clip = clip
         self.label_smoothing = training.label_smoothing
         self.logit_scale = training.logit_scale
         self.router = training if isinstance(training, RouterTraining) else None
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, numbers: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Loss of a batch of pairs.
 
         Args:
             pixel_values: ``(B, 3, H, W)``.
             input_ids: ``(B, L)``.
+            numbers: ``(B,)``, of the pairs; needed to keep features.
 
         Returns:
             ``loss``, a scalar.
@@ -93,6 +100,8 @@ class ContrastiveModel(nn.Module):
             else:
                 image = self.clip.encode_image(pixel_values)
                 text = self.clip.encode_text_by_length(input_ids)
+        if self.kept is not None and numbers is not None:
+            self._keep(numbers, image.detach(), text.detach())
         scale = (
             self.clip.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
             if self.logit_scale is None
@@ -110,6 +119,13 @@ class ContrastiveModel(nn.Module):
         if self.router is not None:
             loss = loss + self._router_losses(output.router_logits, state.num_processes)
         return {"loss": loss}
+
+    def _keep(self, numbers: Tensor, image: Tensor, text: Tensor) -> None:
+        """Put the features of all processes where their pairs belong."""
+        assert self.kept is not None
+        numbers, image, text = gather((numbers, image.float(), text.float()))
+        if processes().is_main_process:
+            self.kept.put(numbers.cpu().numpy(), image.cpu().numpy(), text.cpu().numpy())
 
     def describe_step(self, step: int) -> str:
         """The pairs of a step, counted from 0."""
@@ -153,6 +169,7 @@ def train_contrastive(
     seed: int,
     precision: Precision,
     save_steps: int | None,
+    kept: FeatureShards | None = None,
 ) -> list[dict[str, float]]:
     """Train ``parameters`` of ``clip`` in place, all else frozen.
 
@@ -166,6 +183,7 @@ def train_contrastive(
         seed: Of dropout, where the model has any.
         precision: See :func:`train.precision.use_bf16`.
         save_steps: Steps between two checkpoints; none by default.
+        kept: Where the features go that each step computes.
 
     Returns:
         The log of :func:`train.engine.fit`.
@@ -181,7 +199,7 @@ def train_contrastive(
         parameter.requires_grad_(True)
     optimizer = build_optimizer(clip.named_parameters(), training)
     history = fit(
-        ContrastiveModel(clip, training, batches).train(),
+        ContrastiveModel(clip, training, batches, kept).train(),
         PairBatches(pairs, batches, clip, num_processes),
         optimizer,
         learning_rate_schedule(
@@ -198,8 +216,6 @@ def train_contrastive(
             save_steps=save_steps,
         ),
     ).history
-    if processes().is_main_process:
-        shutil.rmtree(checkpoint_folder(stage.folder), ignore_errors=True)
     clip.requires_grad_(True)
     clip.eval()
     return history

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from train import stages
@@ -36,9 +35,15 @@ from train.contrastive import (
     train_contrastive,
     write_log,
 )
-from train.encoding import encode_to_shards
 from train.experts import expert_state, load_expert, trained_networks
 from train.pair_batches import EpochBatches, cluster_batches, random_batches
+from train.pair_labels import (
+    LABEL_FILE,
+    NEXT_LABEL_FILE,
+    labels_of_next,
+    labels_of_stage,
+    read_labels,
+)
 from train.pair_sources import fingerprints
 from train.pairs import Pairs, load_pairs, tell_of_skipped
 from train.processes import processes
@@ -47,16 +52,13 @@ from train.stages import Stage, StageResult
 from vision_moe import (
     CLIPMoEModel,
     ClusterBatchSampler,
+    FeatureShards,
     InputError,
     MoEFeedForward,
-    accumulate_labels,
-    atomic_write_bytes,
-    atomic_write_text,
     ffn_state_dict,
     moe_layers,
     num_occupied_clusters,
     save,
-    stage_labels,
     stretch_text_context,
     upcycle,
 )
@@ -64,7 +66,7 @@ from vision_moe import (
 #: Baselines of one run, without stages.
 _NAMES = {"sparse": "sparse upcycling", "direct": "direct fine-tuning"}
 
-EXPERT_FILE, LABEL_FILE = "expert.safetensors", "labels.safetensors"
+EXPERT_FILE = "expert.safetensors"
 
 
 def run(recipe: UpcycleRecipe) -> Path:
@@ -137,7 +139,9 @@ def train_stage(
     sequential = recipe.method != "seeds" and recipe.clusters == "sequential"
     previous = _model_of(recipe, mcl[number - 1], base) if number and sequential else base
     workspace = Path(f"{mcl[number].folder}.labels-{mcl[number].fingerprint[:12]}")
-    labels, seconds = _labels(recipe, mcl, number, previous, pairs, seed, workspace)
+    labels, seconds = labels_of_stage(recipe, mcl, number, previous, pairs, seed, workspace)
+    keeps = sequential and recipe.features == "training"
+    kept = FeatureShards(workspace / "kept", len(pairs)) if keeps else None
     from_previous = sequential and recipe.stage_init == "previous" and previous is not base
     model = previous if from_previous else copy.deepcopy(base)
     networks = trained_networks(recipe, model, seed)
@@ -152,40 +156,27 @@ def train_stage(
         seed=seed,
         precision=recipe.precision,
         save_steps=recipe.save_steps,
+        kept=kept,
     )
+    seconds["training"] = time.monotonic() - started
     save_file(expert_state(recipe, model), folder / EXPERT_FILE)
     if labels is not None:
         save_file({"labels": torch.from_numpy(labels)}, folder / LABEL_FILE)
+    if kept is not None:
+        following = labels_of_next(recipe, kept, labels, model, pairs, seed + 1, seconds)
+        save_file({"labels": torch.from_numpy(following)}, folder / NEXT_LABEL_FILE)
     write_log(
         folder,
         training=asdict(recipe.stage),
         num_processes=processes().num_processes,
         num_clusters=[] if labels is None else num_occupied_clusters(labels),
         skipped_pairs=pairs.skipped,
-        seconds={**seconds, "training": time.monotonic() - started},
+        seconds=seconds,
         history=history,
     )
     tell_of_skipped(pairs.skipped, len(pairs), f"{mcl[number].folder / LOG_FILE}")
     if processes().is_main_process:
         shutil.rmtree(workspace, ignore_errors=True)
-
-
-def _labels(
-    recipe: UpcycleRecipe,
-    mcl: Sequence[Stage],
-    number: int,
-    previous: CLIPMoEModel,
-    pairs: Pairs,
-    seed: int,
-    workspace: Path,
-) -> tuple[np.ndarray | None, dict[str, float]]:
-    """The accumulated labels ``(M, S)`` that a stage's batches follow, if they follow any."""
-    if recipe.method == "seeds":
-        return None, {}
-    before = mcl[number - 1].folder / LABEL_FILE if number else None
-    if before is not None and recipe.clusters == "parallel":
-        return _labels_of(before), {}  # all stages share the base's clusters
-    return _accumulated_labels(recipe, workspace, before, previous, pairs, seed)
 
 
 def _batches(
@@ -223,47 +214,6 @@ def _skipped(pairs: Pairs) -> np.ndarray:
 
 def _model_of(recipe: UpcycleRecipe, stage: Stage, base: CLIPMoEModel) -> CLIPMoEModel:
     return load_expert(recipe, copy.deepcopy(base), load_file(stage.folder / EXPERT_FILE))
-
-
-def _accumulated_labels(
-    recipe: UpcycleRecipe,
-    workspace: Path,
-    before: Path | None,
-    previous: CLIPMoEModel,
-    pairs: Pairs,
-    seed: int,
-) -> tuple[np.ndarray, dict[str, float]]:
-    """``(M, S)``: the labels of the stages ``before`` and this one's; and what took how long.
-
-    They are kept in ``workspace`` until the stage is whole, so that a run that was broken off in
-    its training neither encodes nor clusters again.
-    """
-    file, report = workspace / LABEL_FILE, workspace / "report.json"
-    if not file.is_file():
-        started = time.monotonic()
-        shards = encode_to_shards(previous, pairs, recipe.precision, workspace / "features")
-        encoded = time.monotonic()
-        if processes().is_main_process:
-            new = stage_labels(
-                shards.image, shards.text, recipe.num_clusters, seed, recipe.cluster_modality
-            )
-            labels = accumulate_labels(None if before is None else _labels_of(before), new)
-            dtype = np.min_scalar_type(-int(labels.max()) - 1)  # a byte, for K up to 11
-            seconds = {"features": encoded - started, "clustering": time.monotonic() - encoded}
-            skipped = list(pairs.skipped.items())
-            atomic_write_text(report, json.dumps({"skipped": skipped, "seconds": seconds}))
-            atomic_write_bytes(file, save_bytes({"labels": torch.from_numpy(labels.astype(dtype))}))
-        processes().wait_for_everyone()
-        if processes().is_main_process:
-            shards.remove()
-    content = json.loads(report.read_text(encoding="utf-8"))
-    pairs.skip(dict(content["skipped"]))
-    return _labels_of(file), content["seconds"]
-
-
-def _labels_of(file: Path) -> np.ndarray:
-    """``(M, S)``, memory-mapped."""
-    return load_file(file)["labels"].numpy()
 
 
 def _assemble(
@@ -306,7 +256,7 @@ def _assemble(
         parameters += [p for layer in layers.values() for p in layer.experts.parameters()]
     left_out = _skipped(pairs)
     if mcl and (mcl[-1].folder / LABEL_FILE).is_file():
-        left_out = np.flatnonzero((_labels_of(mcl[-1].folder / LABEL_FILE) < 0).any(axis=1))
+        left_out = np.flatnonzero((read_labels(mcl[-1].folder / LABEL_FILE) < 0).any(axis=1))
     history: list[dict[str, float]] = []
     if parameters:
         history = train_contrastive(

@@ -38,7 +38,8 @@ def encode_all(model: CLIPMoEModel, pairs: Pairs, precision: Precision) -> tuple
 def encode_to_shards(
     model: CLIPMoEModel, pairs: Pairs, precision: Precision, folder: Path
 ) -> FeatureShards:
-    """Features of all pairs, each process encoding its share of the shards that are missing."""
+    """Features of all pairs, each process encoding its share of the shards that are missing; of
+    shards that have been put together by and by, the rows that have not come."""
     state = processes()
     shards = FeatureShards(folder, len(pairs))
     missing = [shard for shard in range(shards.num_shards) if not shards.is_whole(shard)]
@@ -47,12 +48,34 @@ def encode_to_shards(
     with _bar(sum(len(shards.numbers(shard)) for shard in mine)) as bar:
         for shard in mine:
             numbers = shards.numbers(shard)
-            image, text = encode(model, pairs, numbers, precision, bar)
+            image, text = _features_of(model, pairs, shards, shard, precision, bar)
             skipped = {i: pairs.skipped[i] for i in numbers.tolist() if i in pairs.skipped}
-            shards.write(shard, image.numpy(), text.numpy(), skipped)
+            shards.write(shard, image, text, skipped)
     state.wait_for_everyone()
     pairs.skip(shards.skipped())  # also what other processes found
     return shards
+
+
+def _features_of(
+    model: CLIPMoEModel,
+    pairs: Pairs,
+    shards: FeatureShards,
+    shard: int,
+    precision: Precision,
+    bar: tqdm,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is kept of a shard, and the rest encoded."""
+    numbers, kept = shards.numbers(shard), shards.kept(shard)
+    if kept is None:
+        image, text = encode(model, pairs, numbers, precision, bar)
+        return image.numpy(), text.numpy()
+    missing = ~(kept[0].any(axis=1) & kept[1].any(axis=1))
+    bar.update(int((~missing).sum()))
+    if missing.any():
+        encoded = encode(model, pairs, numbers[missing], precision, bar)
+        for features, new in zip(kept, encoded, strict=True):
+            features[missing] = new.numpy()
+    return kept
 
 
 @torch.inference_mode()

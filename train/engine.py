@@ -31,6 +31,7 @@ from train.instruction_data import only_item
 from train.processes import processes
 from train.progress import ProgressBar, check_tracker, tensorboard_callback
 from train.recipe import LogTo
+from train.stages import checkpoint_folder
 from vision_moe import InputError
 
 
@@ -70,11 +71,6 @@ class RunSettings:
     def checkpoints(self) -> Path:
         """There until the run's result is whole."""
         return checkpoint_folder(self.folder)
-
-
-def checkpoint_folder(out: str | Path) -> Path:
-    """Where the checkpoints of a run whose result goes to ``out`` stand."""
-    return Path(f"{out}.checkpoints")
 
 
 class WholeCheckpointTrainer(Trainer):

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from mllm.tiles import is_tiled
 from train import stages
 from train.config import recipe_dict, save_resolved
 from train.connector_start import start_connector
-from train.engine import Fitted, RunSettings, checkpoint_folder, fit
+from train.engine import Fitted, RunSettings, fit
 from train.features import TowerFeatures
 from train.instruction_data import BatchDataset, plan_batches
 from train.instruction_model import InstructionModel
@@ -68,10 +67,7 @@ def run(recipe: InstructionRecipe) -> Path:
 def run_stage(recipe: InstructionRecipe, name: str) -> StageResult:
     """:func:`run` under a name, with what the stage took."""
     stage = instruction_stage(recipe, name)
-    result = stages.run(stage, lambda folder: _make(recipe, stage, folder))
-    if processes().is_main_process:
-        shutil.rmtree(checkpoint_folder(recipe.out), ignore_errors=True)
-    return result
+    return stages.run(stage, lambda folder: _make(recipe, stage, folder))
 
 
 def instruction_stage(recipe: InstructionRecipe, name: str) -> Stage:

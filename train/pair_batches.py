@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import overload
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -70,7 +71,8 @@ class PairBatches(Dataset[dict[str, Tensor]]):
             batch[mine][row], pixel_values[row] = self._substitute(batch, int(batch[mine][row]))
         # Cut as the whole batch is: the balance loss counts tokens.
         tokens = self.trim_tokens(self.pairs.tokens(batch))[mine]
-        return {"pixel_values": pixel_values, "input_ids": tokens}
+        numbers = torch.from_numpy(batch[mine])
+        return {"pixel_values": pixel_values, "input_ids": tokens, "numbers": numbers}
 
     def _substitute(self, batch: np.ndarray, unreadable: int) -> tuple[int, Tensor]:
         """A pair that is not in the batch, and its pixels."""

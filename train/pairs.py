@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -98,6 +99,7 @@ class FilePairs:
         self.source = source
         self.tokenizer = model.tokenizer
         self.preprocess = model.preprocess
+        self.shape = self.preprocess(Image.new("RGB", (1, 1))).shape
         self.readers = ThreadPoolExecutor(_NUM_READERS)  # most of their time is decoding, unlocked
         self.skipped: dict[int, str] = {}
 
@@ -115,9 +117,8 @@ class FilePairs:
             pixels.append(None if isinstance(found, str) else found)
             if isinstance(found, str):
                 self.skip({index: found})
-        # At least one: a hundred unreadable ones among ten thousand may meet, never a whole batch.
-        shape = next((one.shape for one in pixels if one is not None), (3, 1, 1))
-        whole = torch.stack([torch.zeros(shape) if one is None else one for one in pixels])
+        blank = torch.zeros(self.shape)
+        whole = torch.stack([blank if one is None else one for one in pixels])
         return whole, torch.tensor([one is not None for one in pixels])
 
     def _read(self, index: int) -> Tensor | str:

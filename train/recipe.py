@@ -155,6 +155,10 @@ class UpcycleRecipe(Recipe):
     """K, for each modality and stage."""
     cluster_modality: Literal["both", "image", "text"] = "both"
     """Whose features are clustered."""
+    features: Literal["pass", "training"] = "pass"
+    """What is clustered before a stage: the features of all pairs by the model of the stage before,
+    in a ``pass`` of their own; or those that it had of each pair when it last trained on it
+    (``training``), which cost no pass but in the first stage, and of pairs that it did not see."""
     clusters: Literal["sequential", "parallel"] = "sequential"
     """``sequential``: each stage clusters anew and refines the clusters before. ``parallel``
     (CLIP-FMoE): the base's features are clustered once, in one modality, and each stage trains on

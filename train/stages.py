@@ -7,6 +7,7 @@ the stages before it, so that a change anywhere up the line is noticed here.
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,11 @@ from train.processes import processes, written_by_main
 from vision_moe import InputError, sha256_file
 
 RECORD = "stage.json"
+
+
+def checkpoint_folder(out: str | Path) -> Path:
+    """Where the checkpoints of a run whose result goes to ``out`` stand, until it is whole."""
+    return Path(f"{out}.checkpoints")
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ def run(stage: Stage, make: Callable[[Path], None]) -> StageResult:
     if stage.check():
         record = stage.record()
         assert record is not None
+        _remove_checkpoints(stage)
         return StageResult(stage.fingerprint, float(record["seconds"]), skipped=True)
     processes().wait_for_everyone()  # all have looked before one writes
     started = time.monotonic()
@@ -120,7 +127,14 @@ def run(stage: Stage, make: Callable[[Path], None]) -> StageResult:
             "inputs": list(stage.inputs),
         }
         (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _remove_checkpoints(stage)
     return StageResult(stage.fingerprint, seconds, skipped=False)
+
+
+def _remove_checkpoints(stage: Stage) -> None:
+    """They have served: the stage is whole."""
+    if processes().is_main_process:
+        shutil.rmtree(checkpoint_folder(stage.folder), ignore_errors=True)
 
 
 def fingerprint_of(name_or_path: str | os.PathLike[str]) -> str:

@@ -12,32 +12,33 @@ Legend: M pairs, D feature width, S stages so far, K clusters a modality.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-from sklearn.cluster import MiniBatchKMeans
+from sklearn.cluster import KMeans
 
 from vision_moe.errors import InputError
 from vision_moe.feature_shards import MappedRows
 
 Features = np.ndarray | MappedRows
 
-#: Rows that the centers start from; of as many pairs or fewer, all.
-NUM_START_ROWS = 65_536
-#: A mini-batch is of so many rows, in runs of so many that lie side by side on the disk.
-BATCH_ROWS, RUN_ROWS = 4096, 256
+#: Rows that the centers are made of, at least, and for each cluster; of fewer pairs, all.
+NUM_CENTER_ROWS, NUM_CENTER_ROWS_EACH = 16_384, 256
+#: Rows that are read at a time.
+PIECE_ROWS = 65_536
 
 
 def cluster_features(features: Features, num_clusters: int, seed: int) -> np.ndarray:
-    """Cluster features by the angle between them, with mini-batch k-means.
+    """Cluster features by the angle between them: k-means on a sample, which all rows then join in
+    one pass.
 
-    The centers start from a sample and then see every row once, in mini-batches of random runs.
+    A center is the mean of thousands of rows of the sample: those of all would hardly differ, and
+    reading them would take longer than all else.
 
     Args:
         features: ``(M, D)``, of any norm; a row of zeros is one of a pair that is left out.
         num_clusters: K.
-        seed: Of the sample, the initial centers and the mini-batches.
+        seed: Of the sample and the initial centers.
 
     Returns:
         ``(M,)`` cluster indices in ``[0, K)``, -1 for what is left out, in the smallest integers.
@@ -46,32 +47,19 @@ def cluster_features(features: Features, num_clusters: int, seed: int) -> np.nda
         InputError: Fewer features than clusters.
     """
     rng = np.random.default_rng(seed)
-    size = min(len(features), NUM_START_ROWS)
-    sample = np.sort(rng.choice(len(features), size, replace=False))
-    rows = _directions(features, sample)
+    size = min(len(features), max(NUM_CENTER_ROWS, NUM_CENTER_ROWS_EACH * num_clusters))
+    rows = _directions(features, np.sort(rng.choice(len(features), size, replace=False)))
     if len(rows) < num_clusters:
         raise InputError(f"cannot make {num_clusters} clusters of {len(rows)} pairs")
-    kmeans = MiniBatchKMeans(num_clusters, random_state=seed, batch_size=BATCH_ROWS, n_init=3)
-    kmeans.fit(rows)
-    if len(sample) < len(features):
-        for numbers in _random_runs(len(features), rng):
-            kmeans.partial_fit(_directions(features, numbers))
+    kmeans = KMeans(num_clusters, random_state=seed, n_init=3).fit(rows)
     labels = np.full(len(features), -1, np.min_scalar_type(-num_clusters))
-    for start in range(0, len(features), NUM_START_ROWS):
-        numbers = np.arange(start, min(start + NUM_START_ROWS, len(features)))
+    for start in range(0, len(features), PIECE_ROWS):
+        numbers = np.arange(start, min(start + PIECE_ROWS, len(features)))
         values = features[numbers].astype(np.float32)
         kept = values.any(axis=1)
         if kept.any():
             labels[numbers[kept]] = kmeans.predict(_unit(values[kept]))
     return labels
-
-
-def _random_runs(num_rows: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """All row numbers once, ascending in each mini-batch."""
-    runs = rng.permutation(-(-num_rows // RUN_ROWS))
-    for chosen in np.array_split(runs, max(1, num_rows // BATCH_ROWS)):
-        numbers = np.sort(chosen)[:, None] * RUN_ROWS + np.arange(RUN_ROWS)
-        yield numbers[numbers < num_rows]
 
 
 def _directions(features: Features, numbers: np.ndarray) -> np.ndarray:
@@ -116,8 +104,8 @@ def num_occupied_clusters(labels: np.ndarray) -> list[int]:
     """How many accumulated clusters hold a pair after each stage (the paper: 9, 81, ~700)."""
     widths = labels.max(axis=0, initial=0).astype(np.int64) + 1
     seen = [np.empty(0, np.int64) for _ in widths]
-    for start in range(0, len(labels), NUM_START_ROWS):
-        rows = labels[start : start + NUM_START_ROWS]
+    for start in range(0, len(labels), PIECE_ROWS):
+        rows = labels[start : start + PIECE_ROWS]
         code = np.zeros(int((rows >= 0).all(axis=1).sum()), np.int64)
         for depth, column in enumerate(rows[(rows >= 0).all(axis=1)].T):
             code = code * widths[depth] + column

@@ -1,7 +1,8 @@
 """Features of all pairs on disk: shards of fp16, memory-mapped, each whole or not there.
 
 A shard is known by its number alone, whatever the number of processes that write them, so that a
-run that was broken off encodes what is missing, with as many processes as it then has.
+run that was broken off encodes what is missing, with as many processes as it then has.  Features
+that come by and by, in any order, are put where their rows belong until their shard is written.
 
 M pairs, D feature width, R rows of a shard.
 """
@@ -36,6 +37,7 @@ class FeatureShards:
         # Many shards even of few pairs: each is the work of one process.
         self.rows = min(_MAX_ROWS, max(_MIN_ROWS, -(-num_pairs // _MANY)))
         self.num_shards = -(-num_pairs // self.rows)
+        self._open: dict[tuple[str, int], np.ndarray] = {}
 
     def numbers(self, shard: int) -> np.ndarray:
         """Of the pairs in a shard."""
@@ -43,6 +45,34 @@ class FeatureShards:
 
     def is_whole(self, shard: int) -> bool:
         return self._skipped_file(shard).is_file()
+
+    def put(self, numbers: np.ndarray, image: np.ndarray, text: np.ndarray) -> None:
+        """Keep features of some pairs, in any order, until their shards are written.
+
+        Of one process's; what is put again replaces what was.
+
+        Args:
+            numbers: ``(n,)``, of the pairs.
+            image: ``(n, D)``, of any norm.
+            text: ``(n, D)``.
+        """
+        shard = numbers // self.rows
+        for name, features in (("image", image), ("text", text)):
+            unit = _unit(features).astype(np.float16)
+            for number in np.unique(shard).tolist():
+                of_shard = shard == number
+                rows = self._kept(name, number, features.shape[1])
+                rows[numbers[of_shard] % self.rows] = unit[of_shard]
+
+    def kept(self, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """What has been put of a shard: image and text features ``(R, D)``, zeros where nothing
+        has; ``None`` if nothing has anywhere in it."""
+        files = [self._kept_file(name, shard) for name in ("image", "text")]
+        if not all(file.is_file() for file in files):
+            return None
+        image, text = (np.fromfile(file, np.float16) for file in files)
+        rows = len(self.numbers(shard))
+        return image.reshape(rows, -1), text.reshape(rows, -1)
 
     def write(
         self, shard: int, image: np.ndarray, text: np.ndarray, skipped: Mapping[int, str]
@@ -71,6 +101,9 @@ class FeatureShards:
         # Last: it says that the shard is whole.
         reasons = {str(number): reason for number, reason in skipped.items()}
         atomic_write_text(self._skipped_file(shard), json.dumps(reasons))
+        for name in ("image", "text"):
+            self._open.pop((name, shard), None)
+            self._kept_file(name, shard).unlink(missing_ok=True)
 
     @property
     def image(self) -> MappedRows:
@@ -96,6 +129,24 @@ class FeatureShards:
     def _rows(self, name: str) -> MappedRows:
         files = [self._file(name, shard) for shard in range(self.num_shards)]
         return MappedRows([np.load(file, mmap_mode="r") for file in files], self.rows)
+
+    def _kept(self, name: str, shard: int, width: int) -> np.ndarray:
+        """``(R, D)``, memory-mapped for writing."""
+        if (name, shard) not in self._open:
+            file = self._kept_file(name, shard)
+            shape = len(self.numbers(shard)), width
+            whole = file.is_file() and file.stat().st_size == 2 * shape[0] * shape[1]
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                rows = np.memmap(file, np.float16, "r+" if whole else "w+", shape=shape)
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(f"{file}: cannot be written ({reason})") from error
+            self._open[name, shard] = rows
+        return self._open[name, shard]
+
+    def _kept_file(self, name: str, shard: int) -> Path:
+        return self.folder / f"kept-{name}-{shard:05d}.raw"
 
     def _file(self, name: str, shard: int) -> Path:
         return self.folder / f"{name}-{shard:05d}.npy"
@@ -133,4 +184,6 @@ class MappedRows:
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
+    """Rows of norm 1, in fp32: a row of zeros stays one, which in fp16 would be divided by 0."""
+    features = features.astype(np.float32)
     return features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)

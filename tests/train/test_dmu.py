@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vision_moe
-from train import contrastive, dmu, run_recipe
+from train import contrastive, dmu, pair_labels, run_recipe
 from train.config import load_recipe, parse_recipe
 from train.dmu import run_stage
 from train.recipe import UpcycleRecipe
@@ -228,7 +228,7 @@ def test_broken_stage_neither_encodes_nor_clusters_again(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(dmu, "train_contrastive", broken)
         run_recipe(recipe)
-    monkeypatch.setattr(dmu, "encode_to_shards", forbidden)
+    monkeypatch.setattr(pair_labels, "encode_to_shards", forbidden)
     run_recipe(recipe)
     assert_equal(expert(tmp_path / "moe", 1), expert(upcycled, 1))
     log = json.loads((stage_folder(tmp_path / "moe") / "stage_1/training_log.json").read_text())

@@ -26,6 +26,7 @@ OVERRIDES = [
     "data={num_pairs: 600, caption: detailed}",
     "num_experts=3",
     "num_clusters=2",
+    "features=training",  # of the first stage a pass all the same
     "precision=fp32",
     "stage={steps: 4, batch_size: 8, lr: 1e-3, warmup_steps: 1, logit_scale: 100}",
     "router={steps: 4, batch_size: 8, lr: 1e-2, warmup_steps: 1, logit_scale: 100, balance: 0.5}",

@@ -89,20 +89,12 @@ def test_accumulated_clusters_are_counted_without_what_is_left_out() -> None:
     assert num_occupied_clusters(np.array([[0, 1], [0, 2], [-1, -1]])) == [1, 2]
 
 
-def test_more_rows_than_the_start_holds_are_all_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering, "NUM_START_ROWS", 50)
-    monkeypatch.setattr(clustering, "BATCH_ROWS", 64)
-    monkeypatch.setattr(clustering, "RUN_ROWS", 8)
+def test_rows_beyond_the_sample_join_its_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "NUM_CENTER_ROWS", 50)
+    monkeypatch.setattr(clustering, "NUM_CENTER_ROWS_EACH", 5)
+    monkeypatch.setattr(clustering, "PIECE_ROWS", 64)
     of = np.random.default_rng(1).integers(K, size=1000)
     assert same_partition(cluster_features(groups(of), K, seed=0), of)
-
-
-def test_mini_batches_hold_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering, "BATCH_ROWS", 64)
-    monkeypatch.setattr(clustering, "RUN_ROWS", 8)
-    batches = list(clustering._random_runs(1003, np.random.default_rng(0)))
-    assert sorted(np.concatenate(batches)) == list(range(1003))
-    assert max(len(batch) for batch in batches) <= 64 + 8
 
 
 def test_features_on_disk_give_the_labels_of_those_in_memory(
@@ -150,7 +142,7 @@ def test_clusters_of_many_pairs_are_counted_in_pieces(monkeypatch: pytest.Monkey
     labels = np.random.default_rng(0).integers(9, size=(200, 2)).astype(np.int8)
     expected = num_occupied_clusters(labels)
     assert expected == [9, len(np.unique(labels, axis=0))]
-    monkeypatch.setattr(clustering, "NUM_START_ROWS", 7)
+    monkeypatch.setattr(clustering, "PIECE_ROWS", 7)
     assert num_occupied_clusters(labels) == expected
 
 

@@ -72,6 +72,46 @@ def test_feature_that_is_no_number_is_named(tmp_path: Path, value: float) -> Non
     assert not shards.is_whole(1)
 
 
+def test_row_of_zeros_stays_one_in_half_precision(tmp_path: Path) -> None:
+    shards = FeatureShards(tmp_path, 2)
+    half = np.array([[0, 0], [3, 4]], np.float16)
+    shards.write(0, half, half, {0: "unreadable"})
+    np.testing.assert_allclose(shards.image[np.arange(2)], [[0, 0], [0.6, 0.8]], atol=2.5e-4)
+
+
+def test_features_that_come_by_and_by_are_where_they_belong(
+    tmp_path: Path, features: np.ndarray
+) -> None:
+    shards = FeatureShards(tmp_path, 1000)
+    order = np.random.default_rng(1).permutation(1000)
+    for numbers in (order[:500], order[400:900]):          # some of them twice
+        shards.put(numbers, features[numbers], -features[numbers])
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    for number in range(shards.num_shards):
+        kept, rows = shards.kept(number), shards.numbers(number)
+        assert kept is not None
+        came = np.isin(rows, order[:900])
+        np.testing.assert_array_equal(kept[0].any(axis=1), came)
+        np.testing.assert_allclose(kept[0][came], unit[rows[came]], atol=2.5e-4)
+        np.testing.assert_allclose(kept[1][came], -unit[rows[came]], atol=2.5e-4)
+
+
+def test_features_that_came_before_a_broken_run_are_kept(
+    tmp_path: Path, features: np.ndarray
+) -> None:
+    for numbers in (np.arange(9), np.arange(9, 20)):
+        FeatureShards(tmp_path, 20).put(numbers, features[numbers], features[numbers])
+    kept = FeatureShards(tmp_path, 20).kept(0)
+    assert kept is not None and kept[0].any(axis=1).all()
+
+
+def test_what_was_kept_goes_when_its_shard_is_written(shards: FeatureShards) -> None:
+    shards.put(np.array([300]), np.ones((1, 6)), np.ones((1, 6)))
+    assert shards.kept(1) is not None and shards.kept(0) is None
+    shards.write(1, np.ones((256, 6)), np.ones((256, 6)), {})
+    assert shards.kept(1) is None
+
+
 def test_removed_shards_are_gone(shards: FeatureShards) -> None:
     shards.remove()
     assert not shards.folder.exists()
