@@ -195,3 +195,11 @@ def test_suppression_test_of_equal_experts_finds_nothing(clip: CLIPMoEModel) -> 
 def test_share_of_nothing_is_none() -> None:
     nothing = share_of_gain([np.ones(5)], [np.zeros(5)], [np.zeros(5)], 0.95).as_json()
     assert (nothing["difference"], nothing["low"], nothing["reached"]) == (None, None, False)
+
+
+def test_tables_and_pictures_are_written(finished: Path) -> None:
+    text = (finished / "tables.md").read_text()
+    assert all(method.title in text for method in METHODS.values())
+    assert "| retrieval_vs_dense |" in text
+    names = ("claims", "retrieval", "factors", "questions", "suppression")
+    assert all((finished / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)

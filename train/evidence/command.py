@@ -23,8 +23,10 @@ from train.evidence.cells import Cell, EvidenceOptions, base_folder, scenes_of, 
 from train.evidence.claims import Claim, difference, share_of_gain
 from train.evidence.experts import examine_experts
 from train.evidence.methods import ABLATIONS, in_order
+from train.evidence.plots import draw
+from train.evidence.tables import tables
 from train.stages import Stage, fingerprint_of
-from vision_moe import InputError, writable_folder
+from vision_moe import InputError, atomic_write_text, writable_folder
 
 #: Claim -> the method that DMU is compared with in retrieval.
 RETRIEVAL_CLAIMS = {
@@ -97,9 +99,17 @@ def run(overrides: Sequence[str]) -> EvidenceReport:
         if cell == cells[-1] or cells[number + 1].seed != cell.seed:
             # A seed is done: what is known by now is written.
             report = summarise(options, cells[: number + 1])
-            report.save(out / "evidence.json")
-    report.facts["written"] = str(out / "evidence.json")
+            write(report, out)
+    report.facts["written to"] = str(out)
     return report
+
+
+def write(report: EvidenceReport, out: Path) -> None:
+    """``evidence.json``, its tables, and its pictures."""
+    report.save(out / "evidence.json")
+    evidence = report.to_dict()
+    atomic_write_text(out / "tables.md", tables(evidence))
+    draw(evidence, out)
 
 
 def planned_cells(options: EvidenceOptions) -> list[Cell]:

@@ -1,0 +1,174 @@
+"""What ``evidence.json`` holds as Markdown tables: means over seeds ± their standard deviation."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+from mllm.scenes import FACTORS
+from train.clip_evaluation import I2T, T2I, ZERO_SHOT
+from train.evidence.methods import ALL
+
+Cells = Mapping[str, Mapping[str, Any]]
+
+
+def tables(evidence: Mapping[str, Any]) -> str:
+    """All of them, each with a heading."""
+    cells: Cells = evidence["cells"]
+    splits = evidence["config"]["splits"]
+    parts = [("Claims", claims_table(evidence["claims"]))]
+    parts.append((f"Retrieval R@1 and naming the main object, {', '.join(splits)}, %",
+                  retrieval_table(cells, splits)))  # fmt: skip
+    parts.append((f"One-factor changes told apart, {splits[0]}, % (50 is guessing)",
+                  factor_table(cells, splits[0])))  # fmt: skip
+    parts += [(f"Questions answered, {task}, %", vqa_table(cells, task))
+              for task in evidence["config"]["num_questions"]
+              if any(task in cell for cell in cells.values())]  # fmt: skip
+    if evidence["experts"]:
+        experts = list(evidence["experts"].values())
+        parts.append(("DMU's experts: from the best one to any one, R@1, %", oracle_table(experts)))
+        parts.append(("Within the clusters of the stages before, R@1, %",
+                      suppression_table(experts)))  # fmt: skip
+        parts.append(("Without an expert, R@1, points", leave_one_out_table(experts)))
+        parts.append(("Routing of pictures, mean of blocks", routing_table(experts)))
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts) + "\n"
+
+
+def seeds_of(cells: Cells, method: str) -> list[Mapping[str, Any]]:
+    """A method's cells, one for each seed."""
+    return [cell for cell in cells.values() if cell["method"] == method]
+
+
+def mean_r1(scores: Mapping[str, float]) -> float:
+    """Mean of both directions."""
+    return (scores[I2T] + scores[T2I]) / 2
+
+
+def claims_table(claims: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, claim in claims.items():
+        if claim["difference"] is None:
+            rows.append([name, "nothing gained", "", str(claim["seeds"]), "", "no"])
+            continue
+        goal = f"≥ {claim['goal']:g}" + (", interval above 0" if claim["above_zero"] else "")
+        interval = f"{claim['low']:.2f} to {claim['high']:.2f}"
+        rows.append([name, f"{claim['difference']:.2f}", interval, str(claim["seeds"]), goal,
+                     "yes" if claim["reached"] else "**no**"])  # fmt: skip
+    return markdown(["claim", "difference", "95 % interval", "seeds", "goal", "reached"], rows)
+
+
+def retrieval_table(cells: Cells, splits: Sequence[str]) -> str:
+    asked: list[tuple[str, Callable[[Mapping[str, float]], float]]] = [
+        ("picture to text", itemgetter(I2T)),
+        ("text to picture", itemgetter(T2I)),
+        ("mean", mean_r1),
+        ("main object", itemgetter(ZERO_SHOT)),
+    ]
+    columns = [(f"{split}: {name}", _of(split, get)) for split in splits for name, get in asked]
+    return _by_method(cells, columns)
+
+
+def factor_table(cells: Cells, split: str) -> str:
+    return _by_method(cells, [(factor, _of(split, _value(factor))) for factor in FACTORS])
+
+
+def vqa_table(cells: Cells, task: str) -> str:
+    asked = {name: cell for name, cell in cells.items() if task in cell}
+    keys = sorted({key for cell in asked.values() for key in cell[task]} - {"accuracy"})
+    keys = ["accuracy", *(key for key in keys if key.startswith("accuracy"))]
+    columns = [(key.removeprefix("accuracy_"), _of(task, _value(key))) for key in keys]
+    return _by_method(asked, columns)
+
+
+def oracle_table(experts: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for query in experts[0]["oracle"]:
+        gaps = [one["oracle"][query] for one in experts]
+        controls = [one["control_oracle"][query] for one in experts if one["control_oracle"]]
+        row = [query, *(_mean([gap[key] for gap in gaps])
+                        for key in ("best_single", "mixture", "oracle"))]  # fmt: skip
+        excess = [
+            (gap["oracle"] - gap["best_single"]) - (control["oracle"] - control["best_single"])
+            for gap, control in zip(gaps, controls, strict=False)
+        ]
+        row += [_mean([one["oracle"] for one in controls]), _mean(excess)]
+        rows.append(row)
+    return markdown(["question", "best expert", "mixture", "any expert",
+                     "any seed-only expert", "excess of the gap"], rows)  # fmt: skip
+
+
+def suppression_table(experts: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for number, stage in enumerate(experts[0]["suppression"]):
+        found = [one["suppression"][number] for one in experts]
+        found = [one for one in found if "before" in one]
+        rows.append([
+            str(stage["stage"]),
+            f"{statistics.mean(one['num_clusters'] for one in found):.0f}" if found else "–",
+            _mean([one["before"] for one in found]),
+            _mean([one["after"] for one in found]),
+            _mean([one["after"] - one["before"] for one in found]),
+        ])  # fmt: skip
+    return markdown(["stage", "clusters", "stage before", "this stage", "difference"], rows)
+
+
+def leave_one_out_table(experts: Sequence[Mapping[str, Any]]) -> str:
+    queries = ("picture to text", "text to picture")
+    rows = [
+        [left_out, *(_mean([one["leave_one_out"][left_out][query]["difference"]
+                            for one in experts]) for query in queries)]
+        for left_out in experts[0]["leave_one_out"]
+    ]  # fmt: skip
+    return markdown(["left out", *queries], rows)
+
+
+def routing_table(experts: Sequence[Mapping[str, Any]]) -> str:
+    keys = ("load_entropy", "max_violation", "num_dead", "token_entropy")
+    kinds = list(dict.fromkeys(kind for block in experts[0]["routing"].values() for kind in block))
+    rows = []
+    for kind in kinds:
+        values: dict[str, list[float]] = {key: [] for key in keys}
+        for one in experts:
+            blocks = [block[kind] for block in one["routing"].values() if kind in block]
+            for key in keys:
+                values[key].append(statistics.mean(block[key] for block in blocks))
+        rows.append([kind, *(_mean(values[key], scale=1, digits=2) for key in keys)])
+    return markdown(["tokens", "load entropy / log N", "largest violation", "dead experts",
+                     "token entropy / log N"], rows)  # fmt: skip
+
+
+def _of(part: str, get: Callable[[Mapping[str, float]], float]) -> Callable[[Any], float]:
+    return lambda cell: get(cell[part])
+
+
+def _value(key: str) -> Callable[[Mapping[str, float]], float]:
+    """NaN where a small test holds no such case."""
+    return lambda scores: scores.get(key, float("nan"))
+
+
+def _by_method(
+    cells: Cells, columns: Sequence[tuple[str, Callable[[Mapping[str, Any]], float]]]
+) -> str:
+    rows = []
+    for method in ALL:
+        found = seeds_of(cells, method)
+        if found:
+            rows.append([ALL[method].title, *(_mean([value(one) for one in found])
+                                              for _, value in columns)])  # fmt: skip
+    return markdown(["", *(name for name, _ in columns)], rows)
+
+
+def _mean(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+    """``mean ± standard deviation``; of one seed the value."""
+    if not values:
+        return "–"
+    text = f"{scale * statistics.mean(values):.{digits}f}"
+    return text + (f" ± {scale * statistics.stdev(values):.{digits}f}" if values[1:] else "")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
