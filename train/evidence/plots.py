@@ -113,7 +113,7 @@ def _questions(axes: Any, cells: Cells) -> None:
         values = [[100 * one.get(key, float("nan")) for one in found] for key in keys]
         axes.bar(np.arange(len(keys)) + number * width, [statistics.mean(one) for one in values],
                  width, color=EXPERT_COLORS[number % len(EXPERT_COLORS)],
-                 yerr=[statistics.stdev(one) if one[1:] else 0 for one in values],
+                 yerr=[np.std(one, ddof=1) if one[1:] else 0 for one in values],
                  error_kw={"linewidth": 1}, label=ALL[method].title)  # fmt: skip
     names = [key.removeprefix("accuracy").removeprefix("_") or "all" for key in keys]
     axes.set_xticks(np.arange(len(keys)) + 0.4 - width / 2, names)

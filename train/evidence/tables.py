@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
@@ -162,10 +163,11 @@ def _by_method(
 
 def _mean(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
     """``mean ± standard deviation``; of one seed the value."""
-    if not values:
+    known = [scale * value for value in values if not math.isnan(value)]
+    if not known:
         return "–"
-    text = f"{scale * statistics.mean(values):.{digits}f}"
-    return text + (f" ± {scale * statistics.stdev(values):.{digits}f}" if values[1:] else "")
+    text = f"{statistics.mean(known):.{digits}f}"
+    return text + (f" ± {statistics.stdev(known):.{digits}f}" if known[1:] else "")
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
