@@ -11,6 +11,7 @@ import time
 import pytest
 from PIL import Image
 
+import vision_moe
 from mllm import cli
 from vision_moe import InputError
 
@@ -110,6 +111,23 @@ def test_inspect_prints_a_table_and_writes_a_picture(run, clip_folder, tmp_path)
     assert status == 0
     assert "vision tower" in out
     assert (tmp_path / "a.png").is_file()
+
+
+def test_convert_low_rank_prints_what_is_lost_and_writes_the_folder(run, clip_folder, tmp_path):
+    out = tmp_path / "low"
+    status, table, _ = run("convert", "low-rank", clip_folder, "--out", out, "--rank", 3)
+    assert status == 0
+    header, *blocks = table.strip().splitlines()
+    assert "change lost" in header
+    assert len(blocks) == len(vision_moe.moe_layers(vision_moe.load(out)))
+    assert {block.split()[1] for block in blocks} == {"3"}
+
+
+def test_convert_low_rank_twice_is_one_sentence(run, clip_folder, tmp_path):
+    run("convert", "low-rank", clip_folder, "--out", tmp_path / "low", "--rank", 3)
+    result = run("convert", "low-rank", tmp_path / "low", "--out", tmp_path / "lower")
+    assert_one_sentence(result, "low rank already")
+    assert not (tmp_path / "lower").exists()
 
 
 def test_missing_picture_is_one_sentence(run, mllm_folder):
