@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from mllm.scenes import FACTORS, ScenesDataset, SceneWorld, detailed_caption
 from vision_moe import InputError, open_image, read_caption_set
@@ -30,6 +31,7 @@ class DiagnosticData:
         negatives: For each attribute, captions of pictures with only that attribute changed, and
             the number of the caption that was.
         factors: For each factor the value that each picture has, or ``None``.
+        skipped: Why each picture that could not be read was left out, by its name.
     """
 
     name: str
@@ -38,6 +40,7 @@ class DiagnosticData:
     image_of_caption: list[int]
     negatives: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     factors: dict[str, list[str | None]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def scenes_data(image_size: int, num_scenes: int = NUM_SCENES, seed: int = 0) -> DiagnosticData:
@@ -73,10 +76,12 @@ def read_diagnostic_data(
     """Any file of captions that :mod:`vision_moe.caption_sets` reads.
 
     Lines of JSONL may add ``factors``, such as ``{"color": "red"}``, and ``negatives``: for each
-    attribute the line's first caption with that attribute changed.
+    attribute the line's first caption with that attribute changed.  Pictures that cannot be read
+    are left out, with all that belongs to them.
 
     Raises:
-        InputError: The file is damaged, or holds fewer than ten pictures.
+        InputError: The file is damaged, holds fewer than ten pictures, or more than one in a
+            hundred cannot be read.
     """
     captions = read_caption_set(path, image_folder, split)
     if len(captions.images) < 10:
@@ -108,7 +113,42 @@ def read_diagnostic_data(
         for factor, value in _strings(record, "factors", where).items():
             values = data.factors.setdefault(factor, [None] * len(captions.images))
             values[image_number] = value
-    return data
+    return _readable(data, captions.images)
+
+
+def _readable(data: DiagnosticData, images: Sequence[Path]) -> DiagnosticData:
+    """The data without the pictures that cannot be read."""
+    skipped: dict[int, str] = {}
+    bar = tqdm(data.pictures, desc="reading pictures", unit="picture", delay=2)
+    for number, picture in enumerate(bar):
+        try:
+            picture()
+        except InputError as error:
+            skipped[number] = str(error)
+    if not skipped:
+        return data
+    if len(skipped) > len(images) // 100:
+        raise InputError(
+            f"{data.name}: {len(skipped)} of {len(images)} pictures cannot be read, more than one"
+            f" in a hundred: {next(iter(skipped.values()))}"
+        )
+    images_kept = [number for number in range(len(images)) if number not in skipped]
+    image_now = {number: now for now, number in enumerate(images_kept)}
+    captions_kept = [n for n, image in enumerate(data.image_of_caption) if image in image_now]
+    caption_now = {number: now for now, number in enumerate(captions_kept)}
+    negatives = {
+        attribute: [(caption_now[n], changed) for n, changed in pairs if n in caption_now]
+        for attribute, pairs in data.negatives.items()
+    }
+    return DiagnosticData(
+        data.name,
+        [data.pictures[number] for number in images_kept],
+        [data.captions[number] for number in captions_kept],
+        [image_now[data.image_of_caption[number]] for number in captions_kept],
+        {attribute: pairs for attribute, pairs in negatives.items() if pairs},
+        {name: [values[n] for n in images_kept] for name, values in data.factors.items()},
+        {str(images[number]): reason for number, reason in skipped.items()},
+    )
 
 
 def _strings(record: dict[str, object], key: str, where: str) -> dict[str, str]:

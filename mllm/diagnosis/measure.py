@@ -177,6 +177,7 @@ def diagnose(
             "num_pictures": len(data.pictures),
             "num_captions": len(data.captions),
             "num_negatives": {name: len(one) for name, one in data.negatives.items()},
+            "skipped": data.skipped,
         },
         shares={name: measured[name].shares() for name in [*experts, ROUTED, UNIFORM]},
         against_base={

@@ -13,8 +13,11 @@ def diagnosis_table(diagnosis: Diagnosis) -> str:
     """What the numbers say, in the order in which one asks."""
     data = diagnosis.data
     queries = list(diagnosis.shares[diagnosis.experts[0]])
+    used = f"{data['name']}: {data['num_pictures']} pictures, {data['num_captions']} captions"
+    if data["skipped"]:
+        used += "".join(f"\nleft out: {reason}" for reason in data["skipped"].values())
     sections = [
-        f"{data['name']}: {data['num_pictures']} pictures, {data['num_captions']} captions",
+        used,
         _matrix(
             "answered, in % (retrieval: first of all; an attribute: before its changed caption)",
             queries,

@@ -11,7 +11,7 @@ from PIL import Image
 
 import vision_moe
 from mllm import cli
-from mllm.diagnosis import diagnose, read_diagnostic_data, scenes_data
+from mllm.diagnosis import diagnose, diagnosis_table, read_diagnostic_data, scenes_data
 from mllm.diagnosis.measure import I2T, T2I, measure
 from vision_moe import CLIPMoEModel, InputError
 
@@ -52,6 +52,31 @@ def test_few_pictures_are_refused(captions: Path) -> None:
     captions.write_text(captions.read_text().splitlines()[0])
     with pytest.raises(InputError, match="needs at least 10"):
         read_diagnostic_data(captions)
+
+
+def test_unreadable_picture_is_left_out_with_all_that_belongs_to_it(
+    clip: CLIPMoEModel, captions: Path
+) -> None:
+    lines = captions.read_text().splitlines()
+    whole = read_diagnostic_data(captions)
+    (captions.parent / "3.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"1 of 12 pictures cannot be read, more than one in"):
+        read_diagnostic_data(captions)
+    for number in range(NUM, 100):                         # now it is one in a hundred
+        (captions.parent / f"{number}.png").write_bytes((captions.parent / "0.png").read_bytes())
+        lines.append(json.dumps({"image": f"{number}.png", "caption": f"number {number}"}))
+    captions.write_text("\n".join(lines))
+    data = read_diagnostic_data(captions)
+    assert len(data.pictures) == len(data.captions) == 99
+    assert [data.captions[n] for n, _ in data.negatives["number"]] == [
+        f"number {n}" for n in (0, 1, 2, 4)
+    ]
+    assert data.image_of_caption == list(range(99))
+    del whole.factors["parity"][3]
+    assert data.factors["parity"][:11] == whole.factors["parity"]
+    found = diagnose(clip, data)
+    assert list(found.data["skipped"]) == [str(captions.parent / "3.png")]
+    assert "99 pictures, 99 captions\nleft out: " in diagnosis_table(found)
 
 
 def test_scenes_know_their_factors() -> None:
