@@ -21,11 +21,12 @@ from mllm.model import save_mllm
 from mllm.prompts import ChatPrompts
 from mllm.tiles import is_tiled
 from train import stages
+from train.batch_plan import WeightedDraws, plan_batches
 from train.config import recipe_dict, save_resolved
 from train.connector_start import start_connector
 from train.engine import Fitted, RunSettings, fit
 from train.features import TowerFeatures
-from train.instruction_data import BatchDataset, plan_batches
+from train.instruction_data import BatchDataset
 from train.instruction_model import InstructionModel
 from train.instruction_rows import InstructionSample, RowLimits, chat_pieces, plain_pieces
 from train.instruction_sources import load_sources
@@ -250,15 +251,21 @@ def plan_run(recipe: InstructionRecipe, rows: RowStore) -> RunPlan:
         raise InputError("the recipe sets neither 'steps' nor 'epochs'")
     num_processes = processes().num_processes
     accumulation = _gradient_accumulation(recipe, num_processes)
-    planned = plan_batches(
-        rows.lengths, recipe.batch_rows, recipe.max_tokens_per_batch, recipe.seed
-    )
     per_step = accumulation * num_processes
+    draws = WeightedDraws(rows.sources, [one.weight for one in recipe.data], recipe.seed)
+    planned = plan_batches(
+        rows,
+        draws,
+        recipe.batch_rows,
+        recipe.max_tokens_per_batch,
+        recipe.seed,
+        per_step if recipe.group_by_modality else None,
+    )
     if recipe.steps is not None:
         chosen = itertools.islice(planned, recipe.steps * per_step)
-        return RunPlan([batch for _, batch in chosen], recipe.steps, accumulation)
+        return RunPlan(list(chosen), recipe.steps, accumulation)
     assert recipe.epochs is not None
-    batches = list(_first_rows(planned, round(recipe.epochs * len(rows))))
+    batches = list(_first_rows(planned, round(recipe.epochs * len(draws))))
     steps = math.ceil(len(batches) / per_step)
     batches += [[] for _ in range(-len(batches) % num_processes)]
     return RunPlan(batches, steps, accumulation)
@@ -276,10 +283,10 @@ def _gradient_accumulation(recipe: InstructionRecipe, num_processes: int) -> int
     return recipe.global_batch // at_once
 
 
-def _first_rows(planned: Iterator[tuple[int, list[int]]], num_rows: int) -> Iterator[list[int]]:
+def _first_rows(planned: Iterator[list[int]], num_rows: int) -> Iterator[list[int]]:
     """Whole batches until ``num_rows`` rows, at least one, have been seen."""
     seen = 0
-    for _, batch in planned:
+    for batch in planned:
         yield batch
         seen += len(batch)
         if seen >= num_rows:

@@ -1,10 +1,10 @@
-"""Token rows in batches: their mask, their padding, and the order in which a run sees them.
+"""Token rows in batches: their mask, their padding, and an epoch of them.
 
 B rows, L padded length, I pictures and M labelled tokens of a batch, N tokens of a picture, V width
 of the tower.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,18 +103,6 @@ def plan_epoch(
             batch.append(int(row))
         batches.append(batch)
     return [batches[index] for index in rng.permutation(len(batches))]
-
-
-def plan_batches(
-    lengths: Sequence[int], batch_rows: int, max_tokens: int, seed: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Endless ``(epoch, row numbers of a batch)``, the same for a seed whatever is resumed."""
-    epoch = 0
-    while True:
-        rng = np.random.default_rng([seed, epoch])
-        for batch in plan_epoch(lengths, batch_rows, max_tokens, rng):
-            yield epoch, batch
-        epoch += 1
 
 
 class BatchDataset(Dataset[dict[str, Tensor]]):

@@ -33,6 +33,7 @@ class InstructionSample:
         is_dialogue: Each turn follows on the ones before; otherwise they are independent.
         system: The system message; the chat template's own if it is ``None``.
         source: Where the sample comes from, for messages.
+        source_number: Which of the recipe's sources it is of.
     """
 
     image_keys: tuple[int, ...]
@@ -40,6 +41,7 @@ class InstructionSample:
     is_dialogue: bool = False
     system: str | None = None
     source: str = ""
+    source_number: int = 0
 
     @property
     def num_leading_images(self) -> int:

@@ -1,11 +1,8 @@
-"""Instruction samples of all the sources of a recipe, joined by their weights."""
+"""Instruction samples of all the sources of a recipe."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from train.instruction_rows import InstructionSample
 from train.recipe import InstructionSource
 from train.sources.base import InstructionData
 from train.sources.builtin import easy_vqa, scenes_captions, scenes_questions
@@ -26,28 +23,20 @@ def load_sources(sources: Sequence[InstructionSource], seed: int) -> Instruction
     data = InstructionData([], [], [])
     for number, source in enumerate(sources):
         part = READERS[source.name](source, seed)
-        samples = weighted(part.samples, source.weight, [seed, number])
-        # Pictures of samples that were not drawn get no number: nothing is computed of them.
-        used = sorted({key for sample in samples for key in sample.image_keys})
-        number_of = {key: len(data.open_images) + place for place, key in enumerate(used)}
+        first_key = len(data.open_images)
         data.samples.extend(
-            dataclasses.replace(one, image_keys=tuple(number_of[key] for key in one.image_keys))
-            for one in samples
+            dataclasses.replace(
+                one,
+                image_keys=tuple(first_key + key for key in one.image_keys),
+                source_number=number,
+            )
+            for one in part.samples
         )
-        data.open_images.extend(part.open_images[key] for key in used)
-        data.image_identities.extend(part.image_identities[key] for key in used)
+        data.open_images.extend(part.open_images)
+        data.image_identities.extend(part.image_identities)
         data.skipped.num_seen += part.skipped.num_seen or len(part.samples)
         data.skipped.faults.extend(part.skipped.faults)
     return data
-
-
-def weighted(
-    samples: Sequence[InstructionSample], weight: float, seed: Sequence[int]
-) -> list[InstructionSample]:
-    """Each sample ``weight`` times; what is left of a whole number is drawn without replacement."""
-    times, rest = divmod(round(weight * len(samples)), max(1, len(samples)))
-    drawn = np.random.default_rng(seed).permutation(len(samples))[:rest]
-    return [*(list(samples) * times), *(samples[index] for index in np.sort(drawn))]
 
 
 READERS: dict[str, Callable[[InstructionSource, int], InstructionData]] = {

@@ -203,7 +203,8 @@ class InstructionSource(Strict):
     allow_outside: bool = False
     """Of records: pictures may lie outside of that folder."""
     weight: PositiveFloat = 1.0
-    """How often each sample occurs in an epoch: 2 shows it twice, 0.5 draws half of them."""
+    """How often each sample occurs in an epoch: 2 shows it twice, 0.5 draws half of them, and the
+    other half in the next epoch."""
     split: str = "train"
     num_images: Positive | None = None
     """Drawn with the seed; all of them by default. Of ``parquet`` and ``datasets`` the first so
@@ -343,6 +344,9 @@ class InstructionRecipe(Recipe):
     """At most so many pictures in a batch of one process."""
     max_tokens_per_batch: Positive = 4096
     """At most so many tokens, padding included, in a batch of one process."""
+    group_by_modality: bool = False
+    """Batches, and as far as they go round optimiser steps, of samples with pictures and of text
+    alone apart (LLaVA-1.5's tuning)."""
     gradient_accumulation: Positive = 1
     """Batches of one process for an optimiser step."""
     global_batch: Positive | None = None

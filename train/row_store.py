@@ -27,15 +27,17 @@ class RowStore(Sequence[Row]):
 
     Attributes:
         lengths: Of the rows, in tokens.
+        sources: Of the rows, which of the recipe's sources each is of.
     """
 
     def __init__(self, limits: RowLimits) -> None:
         self.limits = limits
         self.lengths = array("i")
+        self.sources = array("i")
         self._codes = array("i")
         self._starts = array("q", [0])
 
-    def append(self, pieces: Pieces, length: int) -> None:
+    def append(self, pieces: Pieces, length: int, source: int = 0) -> None:
         """Add a row that is known to have that length."""
         codes = self._codes
         for numbers in (pieces.image_keys, pieces.prefix):
@@ -49,6 +51,7 @@ class RowStore(Sequence[Row]):
                 codes.extend(ids)
         self._starts.append(len(codes))
         self.lengths.append(length)
+        self.sources.append(source)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -70,6 +73,10 @@ class RowStore(Sequence[Row]):
         """Numbers of a row's pictures, with those that the context cuts off."""
         start = self._starts[index]
         return tuple(self._codes[start + 1 : start + 1 + self._codes[start]])
+
+    def has_pictures(self, index: int) -> bool:
+        """Whether a row is more than text."""
+        return self._codes[self._starts[index]] > 0
 
     def _pieces(self, index: int) -> Pieces:
         place, end = self._starts[index], self._starts[index + 1]
@@ -120,7 +127,7 @@ def collect_rows(
         num_cut += row.num_cut > 0
         num_tokens_cut += row.num_cut
         if len(row.labels):
-            store.append(pieces, len(row))
+            store.append(pieces, len(row), sample.source_number)
         else:
             lost.append(sample.source or f"sample {number}")
     if num_cut:

@@ -150,3 +150,10 @@ def test_base_that_leads_back_is_refused(tmp_path: Path) -> None:
     for name, base in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
     assert "leads back" in message(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("name", ["llava15_finetune", "llava15_13b_moe_qlora"])
+def test_llava15_is_tuned_on_padded_pictures_apart_from_text(name: str) -> None:
+    recipe = load_recipe(name)
+    assert isinstance(recipe, InstructionRecipe)
+    assert (recipe.images, recipe.group_by_modality, recipe.global_batch) == ("pad", True, 128)

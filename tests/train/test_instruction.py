@@ -123,7 +123,9 @@ def run_killed_after(
 def test_resumed_run_ends_with_the_weights_of_an_unbroken_one(
     recipe: InstructionRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In its third epoch, of other halves of the data than the second."""
     recipe.trainable.llm.dropout = 0.1
+    recipe.data[0].weight, recipe.group_by_modality = 0.5, True
     unbroken = weights(run_recipe(recipe))
     recipe.out, recipe.save_steps = str(tmp_path / "broken"), 2
     run_killed_after(recipe, 5, monkeypatch)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mllm.prompts import ChatPrompts
-from train.instruction_data import collate, plan_batches, plan_epoch, shared_prefix_mask
+from train.instruction_data import collate, plan_epoch, shared_prefix_mask
 from train.instruction_model import InstructionModel
 from train.instruction_rows import InstructionSample, Row, RowLimits, chat_row, plain_row
 from train.pictures import Pictures
@@ -180,14 +180,3 @@ def test_epoch_holds_every_row_once_within_the_limits(
     for batch in batches:
         assert len(batch) <= batch_rows
         assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= max_tokens
-
-
-def test_plan_is_the_same_for_a_seed_and_differs_between_epochs() -> None:
-    def first_two_epochs(seed: int) -> list[tuple[int, list[int]]]:
-        plan = plan_batches([5] * 20, 4, 100, seed)
-        return [next(plan) for _ in range(10)]
-
-    assert first_two_epochs(0) == first_two_epochs(0)
-    assert first_two_epochs(0) != first_two_epochs(1)
-    epochs = first_two_epochs(0)
-    assert [batch for _, batch in epochs[:5]] != [batch for _, batch in epochs[5:]]
