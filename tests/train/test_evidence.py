@@ -119,6 +119,19 @@ def test_lost_cell_alone_is_made_again(finished: Path, options: list[str]) -> No
     assert evidence(finished)["claims"] == claims
 
 
+def test_cells_side_by_side_find_the_same(
+    finished: Path, options: list[str], tmp_path: Path
+) -> None:
+    few = ["seeds=[0]", "methods=[uniform, sparse]", "mllm_methods=[]", "workers=2"]
+    run([*options, f"out={tmp_path / 'out'}", *few])
+    found = evidence(tmp_path / "out")["cells"]
+    assert found.keys() == {"dense-0", "sparse-0", "dmu-0", "uniform-0"}
+    alone = evidence(finished)["cells"]
+    for name, cell in found.items():
+        assert cell["test"] == alone[name]["test"]
+    assert list((tmp_path / "out").glob("worker-*.log"))
+
+
 def test_cells_with_another_configuration_are_refused(
     finished: Path, options: list[str]
 ) -> None:

@@ -57,6 +57,7 @@ class EvidenceOptions:
         splits: The first is what claims rest on. To choose by: ``[validation]``.
         num_pairs: Scenes of each split, candidates of the retrieval.
         num_questions: By task.
+        workers: Processes that work on cells side by side, each with its share of the threads.
         overrides: By recipe: ``key=value`` over what it says.
     """
 
@@ -72,6 +73,7 @@ class EvidenceOptions:
     num_questions: dict[str, int] = field(
         default_factory=lambda: {"scenes": 2000, "easy_vqa": 1000}
     )
+    workers: Annotated[int, Ge(1)] = 1
     overrides: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -218,11 +220,13 @@ def base_folder(options: EvidenceOptions) -> Path:
     return Path(options.base) if options.base is not None else Path(options.out) / "base"
 
 
-def train_base(options: EvidenceOptions) -> None:
-    """Train it, unless one is given."""
+def prepare(options: EvidenceOptions) -> None:
+    """Make what several cells read: the base, unless one is given, and the stand-ins."""
     if options.base is None:
         paths = {"out": base_folder(options), "seed": _BASE_SEED}
         run_recipe(_load("evidence_base", ContrastiveRecipe, options, paths))
+    for seed in options.seeds if options.mllm_methods else ():
+        language_model(options, seed)
 
 
 def language_model(options: EvidenceOptions, seed: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,13 @@ from mllm.allocator import keep_freed_memory
 from mllm.bench import BenchReport, parse_options
 from train import stages
 from train.clip_evaluation import I2T, T2I, ZERO_SHOT
-from train.evidence.cells import Cell, EvidenceOptions, base_folder, scenes_of, train_base
+from train.evidence.cells import Cell, EvidenceOptions, base_folder, prepare, scenes_of
 from train.evidence.claims import Claim, difference, share_of_gain
 from train.evidence.experts import examine_experts
 from train.evidence.methods import ABLATIONS, in_order
 from train.evidence.plots import draw
 from train.evidence.tables import tables
+from train.evidence.workers import finished
 from train.stages import Stage, fingerprint_of
 from vision_moe import InputError, atomic_write_text, writable_folder
 
@@ -90,15 +90,16 @@ def run(overrides: Sequence[str]) -> EvidenceReport:
     cells = planned_cells(options)
     keep_freed_memory()
     out = writable_folder(options.out)
+    click.echo("base CLIP", err=True)
+    prepare(options)
+    done: list[Cell] = []
     started = time.monotonic()
-    _say("base CLIP", 0, len(cells), started)
-    train_base(options)
-    for number, cell in enumerate(cells):
-        _say(cell.name, number, len(cells), started)
-        cell.run()
-        if cell == cells[-1] or cells[number + 1].seed != cell.seed:
-            # A seed is done: what is known by now is written.
-            report = summarise(options, cells[: number + 1])
+    for cell in finished(cells, options.workers, out):
+        done.append(cell)
+        _say(cell.name, len(done), len(cells), started)
+        missing = {one.seed for one in cells if one not in done}
+        if cell.seed not in missing:  # what is known of whole seeds by now is written
+            report = summarise(options, [one for one in cells if one.seed not in missing])
             write(report, out)
     report.facts["written to"] = str(out)
     return report
@@ -213,7 +214,6 @@ def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dic
 
 
 def _say(name: str, number: int, total: int, started: float) -> None:
-    """Which cell comes, and how long the others may take, by those before."""
-    elapsed = time.monotonic() - started
-    left = f", {elapsed / number * (total - number) / 60:.0f} minutes left" if number else ""
-    click.echo(f"\n[{number + 1}/{total}] {name}{left}", file=sys.stderr)
+    """Which cell is done, and how long the others may take, by those before."""
+    left = (time.monotonic() - started) / number * (total - number) / 60
+    click.echo(f"\n[{number}/{total}] {name} done, {left:.0f} minutes left", err=True)
