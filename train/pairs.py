@@ -149,7 +149,8 @@ def load_pairs(data: ImageTextData, model: CLIPMoEModel, seed: int) -> Pairs:
         raise InputError("'data.num_pairs' is 1, but a contrastive batch needs at least 2 pairs")
     if data.name == "scenes":
         dataset = scenes_dataset(data, model, seed)
-        return ScenePairs(dataset, scene_captions(dataset, data.caption), model)
+        coarse_share = 1.0 if data.caption == "coarse" else data.coarse_share
+        return ScenePairs(dataset, scene_captions(dataset, coarse_share, seed), model)
     pairs = FilePairs(open_source(data), model)
     _tell_of_long_captions(pairs, model)
     return pairs
@@ -196,10 +197,13 @@ def scenes_dataset(data: ImageTextData, model: CLIPMoEModel, seed: int) -> Scene
         raise InputError(f"'data.world': {error}") from error
 
 
-def scene_captions(dataset: ScenesDataset, kind: str) -> list[str]:
-    """``coarse`` or ``detailed`` captions of all scenes."""
+def scene_captions(dataset: ScenesDataset, coarse_share: float, seed: int) -> list[str]:
+    """Of a share of the scenes, drawn with the seed, the coarse caption, else the detailed one."""
+    coarse = np.random.default_rng([seed, 3]).random(len(dataset)) < coarse_share
     numbers = tqdm(range(len(dataset)), desc="writing captions", unit="caption", delay=2)
-    return [getattr(dataset[i], f"{kind}_caption") for i in numbers]
+    return [
+        dataset[i].coarse_caption if coarse[i] else dataset[i].detailed_caption for i in numbers
+    ]
 
 
 def tokenize(model: CLIPMoEModel, captions: Sequence[str], chunk: int = 4096) -> Tensor:

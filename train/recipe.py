@@ -64,6 +64,9 @@ class ImageTextData(Strict):
     """``scenes``: the main object as the web names it, or every factor."""
     detail_probability: Share = 0.1
     """``scenes``: how often a coarse caption tells each fact beyond the main object."""
+    coarse_share: Share = 0.0
+    """``scenes`` with ``detailed`` captions: share of pairs that have a coarse one instead, so that
+    short captions are not forgotten."""
     world: dict[str, Any] = field(default_factory=dict)
     """``scenes``: keyword arguments of ``mllm.scenes.SceneWorld``."""
 

@@ -152,9 +152,7 @@ def test_damaged_csv_record_is_named(
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
-def test_file_without_pairs_is_refused(
-    tmp_path: Path, clip: CLIPMoEModel, form: Any
-) -> None:
+def test_file_without_pairs_is_refused(tmp_path: Path, clip: CLIPMoEModel, form: Any) -> None:
     (tmp_path / "empty").touch()
     data = ImageTextData(name=form, path=str(tmp_path / "empty"))
     assert "holds 0 pairs" in refusal(data, clip)
@@ -242,9 +240,7 @@ def test_captions_longer_than_the_context_are_counted(
     assert "1 of 2 captions fill the text context of 32 tokens" in capsys.readouterr().err
 
 
-def test_records_that_span_lines_are_found_again(
-    picture_folder: Path, clip: CLIPMoEModel
-) -> None:
+def test_records_that_span_lines_are_found_again(picture_folder: Path, clip: CLIPMoEModel) -> None:
     path = picture_folder / "pairs.csv"
     path.write_text('image,caption\r\nred.png,"two\nlines"\r\n\r\nred.png,ä €\nred.png,last')
     pairs = load_pairs(ImageTextData(name="csv", path=str(path)), clip, seed=0)
@@ -268,8 +264,19 @@ def test_captions_are_of_the_kind_that_is_asked_for(clip: CLIPMoEModel, kind: An
     data = ImageTextData(num_pairs=4, caption=kind)
     dataset = scenes_dataset(data, clip, 0)
     expected = [getattr(dataset[i], f"{kind}_caption") for i in range(4)]
-    assert scene_captions(dataset, kind) == expected
     assert torch.equal(all_tokens(load_pairs(data, clip, 0)), clip.tokenizer(expected))
+
+
+def test_share_of_detailed_captions_is_coarse(clip: CLIPMoEModel) -> None:
+    data = ImageTextData(num_pairs=200, caption="detailed", coarse_share=0.3)
+    dataset = scenes_dataset(data, clip, 5)
+    captions = scene_captions(dataset, data.coarse_share, 5)
+    coarse = [captions[i] == dataset[i].coarse_caption for i in range(200)]
+    detailed = [captions[i] == dataset[i].detailed_caption for i in range(200)]
+    assert all(np.logical_or(coarse, detailed))
+    assert 40 <= sum(coarse) <= 80
+    assert captions == scene_captions(dataset, data.coarse_share, 5)
+    assert torch.equal(all_tokens(load_pairs(data, clip, 5)), clip.tokenizer(captions))
 
 
 def test_recipe_describes_the_world(clip: CLIPMoEModel) -> None:
@@ -306,7 +313,7 @@ def test_scenes_need_a_square_model(clip: CLIPMoEModel) -> None:
 
 def test_batch_holds_its_pairs_without_needless_padding(clip: CLIPMoEModel) -> None:
     dataset = ScenesDataset(scenes_dataset(ImageTextData(), clip, 0).world, "train", 6, 0, 32)
-    pairs = ScenePairs(dataset, scene_captions(dataset, "coarse"), clip)
+    pairs = ScenePairs(dataset, scene_captions(dataset, 1.0, 0), clip)
     chosen = np.array([4, 2, 5])
     batch = PairBatches(pairs, [np.array([0, 1]), chosen], clip)[1]
     assert batch["pixel_values"].shape == (3, 3, 32, 32)
