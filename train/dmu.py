@@ -193,7 +193,10 @@ def _batches(
         others = np.flatnonzero(labels[:, 0] != number)
         if len(pairs) - len(others) < 2:
             raise InputError(f"cluster {number} of {recipe.num_clusters}: fewer than two pairs")
-        return random_batches(len(pairs), training.batch_size, training.steps, seed, others)
+        readable = others[labels[others, 0] >= 0]
+        return random_batches(
+            len(pairs), training.batch_size, training.steps, seed, others, back_off=readable
+        )
     sampler = ClusterBatchSampler(
         labels, training.batch_size, seed=seed, global_share=recipe.global_share
     )

@@ -130,6 +130,7 @@ def random_batches(
     steps: int,
     seed: int,
     left_out: np.ndarray | None = None,
+    back_off: np.ndarray | None = None,
 ) -> EpochBatches:
     """``steps`` whole batches from one shuffled epoch after another.
 
@@ -139,16 +140,23 @@ def random_batches(
         steps: How many batches.
         seed: Of the shuffles.
         left_out: Numbers of pairs that take no part; none by default.
+        back_off: Numbers of those among them that fill up the batches, anew each time, where all
+            others are fewer than a batch.
     """
     usable = np.arange(num_pairs, dtype=np.int32 if num_pairs < 2**31 else np.int64)
     if left_out is not None:
         usable = np.setdiff1d(usable, left_out)
     size = min(batch_size, len(usable))
     per_epoch = len(usable) // size
+    missing = 0 if back_off is None else min(batch_size - size, len(back_off))
 
     def plan(epoch: int) -> list[np.ndarray]:
-        order = np.random.default_rng([seed, epoch]).permutation(usable)
-        return np.split(order[: per_epoch * size], per_epoch)
+        rng = np.random.default_rng([seed, epoch])
+        batches = np.split(rng.permutation(usable)[: per_epoch * size], per_epoch)
+        if missing and back_off is not None:
+            filling = [rng.choice(back_off, missing, replace=False) for _ in batches]
+            return [np.concatenate(both) for both in zip(batches, filling, strict=True)]
+        return batches
 
     return EpochBatches(plan, per_epoch, steps)
 

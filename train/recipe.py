@@ -165,7 +165,8 @@ class UpcycleRecipe(Recipe):
     clusters: Literal["sequential", "parallel"] = "sequential"
     """``sequential``: each stage clusters anew and refines the clusters before. ``parallel``
     (CLIP-FMoE): the base's features are clustered once, in one modality, and each stage trains on
-    one of the clusters alone, from the base; there are as many clusters as stages."""
+    one of the clusters alone, from the base; there are as many clusters as stages. Other pairs fill
+    up the batches of a cluster that is smaller than a batch."""
     experts: Literal["full", "low_rank"] = "full"
     """``low_rank``: a stage trains a change of low rank of the base's frozen networks, and the
     experts share the base."""

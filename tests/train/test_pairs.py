@@ -385,6 +385,15 @@ def test_random_batches_go_through_as_many_epochs_as_it_takes() -> None:
     assert len(set(np.concatenate(batches[3:6]))) == 9
 
 
+def test_pairs_fewer_than_a_batch_are_filled_up_with_others() -> None:
+    others = np.arange(4, 12)
+    batches = random_batches(12, 6, 4, seed=0, left_out=others, back_off=others[:6])
+    filled = [set(batch.tolist()) - {0, 1, 2, 3} for batch in batches]
+    assert [len(batch) for batch in batches] == [6] * 4
+    assert all(len(one) == 2 and one <= set(range(4, 10)) for one in filled)
+    assert len(set(map(frozenset, filled))) > 1
+
+
 def test_random_batches_depend_on_the_seed_alone() -> None:
     first, second, other = (random_batches(50, 5, 10, seed) for seed in (1, 1, 2))
     assert np.array_equal(list(first), list(second))

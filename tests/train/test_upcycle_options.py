@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import vision_moe
-from tests.train.test_dmu import Watch, recipe_of, stage_folder
+from tests.train.test_dmu import STAGE, Watch, recipe_of, stage_folder
 from train import dmu, run_recipe
 from train.blocks import moe_config
 from train.contrastive import ContrastiveModel, start_model
@@ -140,6 +140,19 @@ def test_parallel_clusters_give_an_expert_each(
         assert set(labels[0][seen, 0].tolist()) == {number}
     start = dict(vision_moe.load(base).named_parameters())
     assert all(torch.equal(watch.starts[1][name], p) for name, p in start.items())
+
+
+def test_cluster_smaller_than_a_batch_is_filled_up(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    stage = STAGE | {"steps": 2, "batch_size": 40}
+    made(tmp_path / "out", base, clusters="parallel", cluster_modality="image", stage=stage)
+    own = load_file(stage_folder(tmp_path / "out") / "stage_1" / "labels.safetensors")["labels"]
+    for number in (0, 1):
+        cluster = set((own[:, 0] == number).nonzero().flatten().tolist())
+        assert len(cluster) < 40
+        for batch in watch.batches[number]:
+            assert len(set(batch.tolist())) == 40 and cluster < set(batch.tolist())
 
 
 @pytest.mark.parametrize(
