@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import random
 import resource
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,6 +33,7 @@ from train.precision import use_bf16
 from train.recipe import InstructionSource, Precision
 from train.schedule import learning_rate_schedule
 from train.starting_model import set_parts
+from vision_moe import InputError
 
 SideName = Literal["ours", "stock"]
 SIDES: tuple[SideName, ...] = ("ours", "stock")
@@ -177,6 +179,7 @@ class SideProcess:
     """A :class:`Side` elsewhere. Everything it is asked for is done there, one after another."""
 
     def __init__(self, job: Job, name: SideName) -> None:
+        self._name = name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(job, name, theirs), daemon=True)
@@ -185,12 +188,27 @@ class SideProcess:
 
     def ask(self, what: str, *arguments: Any) -> Any:
         """Call a function of :class:`Answers`."""
-        self._connection.send((what, arguments))
-        return self._connection.recv()
+        try:
+            self._connection.send((what, arguments))
+            return self._connection.recv()
+        except (EOFError, OSError) as error:  # it holds the other end no longer
+            self._process.join()
+            raise InputError(
+                f"the benchmark's side '{self._name}' ended before its answer to '{what}', with"
+                f" {_end_of(self._process.exitcode)}"
+            ) from error
 
     def close(self) -> None:
-        self._connection.send(None)
+        with suppress(OSError):  # it has ended by itself
+            self._connection.send(None)
         self._process.join()
+
+
+def _end_of(status: int | None) -> str:
+    """In words; of a process that was killed the signal, which without enough memory is 9."""
+    if status is not None and status < 0:
+        return f"signal {-status} ({signal.Signals(-status).name})"
+    return f"exit status {status}"
 
 
 @contextmanager

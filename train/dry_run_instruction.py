@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from train.estimate import estimate_step, planned_rows
+from train.instruction_sources import load_sources
 from train.parts import PARTS
 from train.planned_model import planned_model
 from train.recipe import InstructionRecipe, Recipe
@@ -20,6 +21,7 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     """
     if not isinstance(recipe, InstructionRecipe):
         raise InputError("--dry-run is for recipes of kind 'instruction'")
+    data = load_sources(recipe.data, recipe.seed)
     planned = planned_model(recipe)
     config: Any = planned.model.config
     vision, text = config.vision_config, config.text_config
@@ -28,7 +30,7 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
         f" {vision.hidden_size} -> connector -> {text.hidden_size};"
         f" context {text.max_position_embeddings:,} tokens"
     )
-    rows, plan = planned_rows(recipe, planned)
+    rows, plan = planned_rows(recipe, planned, data)
     for number, row in enumerate(rows[:_FIRST_RECORDS]):
         yield (
             f"record {number}: {len(row):,} tokens, {len(row.image_keys)} pictures,"

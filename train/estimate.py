@@ -27,6 +27,7 @@ from train.instruction_sources import load_sources
 from train.planned_model import PlannedModel, even_routing, planned_model
 from train.precision import use_bf16
 from train.recipe import InstructionRecipe, Recipe
+from train.sources.base import InstructionData
 from train.starting_model import set_parts
 from vision_moe import InputError
 
@@ -96,20 +97,20 @@ def estimate(recipe: Recipe) -> Estimate:
     if not isinstance(recipe, InstructionRecipe):
         raise InputError("estimates are for recipes of kind 'instruction'")
     planned = planned_model(recipe)
-    rows, plan = planned_rows(recipe, planned)
+    try:
+        data = load_sources(recipe.data, recipe.seed) if planned.processor else None
+    except InputError as error:
+        planned.notes.append(f"the data cannot be read ({error}): the largest batch is assumed")
+        data = None
+    rows, plan = planned_rows(recipe, planned, data)
     return estimate_step(recipe, planned, rows, plan)
 
 
 def planned_rows(
-    recipe: InstructionRecipe, planned: PlannedModel
+    recipe: InstructionRecipe, planned: PlannedModel, data: InstructionData | None
 ) -> tuple[Sequence[Row], RunPlan | None]:
     """The rows that the run would see, if tokenizer and data are there."""
-    if planned.processor is None:
-        return [], None
-    try:
-        data = load_sources(recipe.data, recipe.seed)
-    except InputError as error:
-        planned.notes.append(f"the data cannot be read ({error}): the largest batch is assumed")
+    if planned.processor is None or data is None:
         return [], None
     rows = build_rows(recipe, planned.model, planned.processor, data.samples)
     return rows, plan_run(recipe, rows)

@@ -1,4 +1,4 @@
-"""A tiny dense CLIP with random weights, as a folder."""
+"""A tiny dense CLIP with random weights, as a folder; and a tiny run of instruction tuning."""
 
 from pathlib import Path
 
@@ -6,6 +6,13 @@ import pytest
 
 import vision_moe
 from train.contrastive import start_model
+from train.recipe import (
+    ConnectorTraining,
+    InstructionRecipe,
+    InstructionSource,
+    LLMTraining,
+    Trainable,
+)
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +29,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "clip"
     vision_moe.save(start_model(description, None, seed=0), folder)
     return folder
+
+
+@pytest.fixture
+def recipe(llm_folder: Path, clip_folder: Path, tmp_path: Path) -> InstructionRecipe:
+    """Connector and adapters learn from eight rendered scenes, two batches an epoch."""
+    source = InstructionSource(
+        name="scenes_questions", num_images=8, questions_per_image=2, image_size=32
+    )
+    return InstructionRecipe(
+        out=str(tmp_path / "out"),
+        llm=str(llm_folder),
+        tower=str(clip_folder),
+        data=[source],
+        trainable=Trainable(
+            connector=ConnectorTraining(lr=1e-2), llm=LLMTraining(mode="lora", lr=1e-2, r=4)
+        ),
+        batch_rows=4,
+        log_steps=1,
+        precision="fp32",
+    )

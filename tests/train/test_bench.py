@@ -11,11 +11,12 @@ import torch
 from mllm.bench import BenchReport
 from train.bench import TrainOptions, measure
 from train.bench_data import write_conversations
-from train.bench_sides import SIDES, Answers, Job, Side
+from train.bench_sides import SIDES, Answers, Job, Side, side_process
 from train.bench_stock import StockCollator, stock_samples
 from train.instruction_data import collate
 from train.instruction_model import InstructionModel
 from train.recipe import InstructionSource
+from vision_moe import InputError
 
 
 def job_of(part: Any, mllm_folder: Path, folder: Path, steps: int = 1) -> Job:
@@ -25,6 +26,14 @@ def job_of(part: Any, mllm_folder: Path, folder: Path, steps: int = 1) -> Job:
         file = write_conversations(part, folder, 24, 0)
         source = InstructionSource(name="llava_json", path=str(file))
     return Job(part, source, str(mllm_folder), "fp32", steps, str(folder / "cache"))
+
+
+def test_side_that_ends_early_is_one_sentence(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="'stock' ended before its answer to .* exit status 1"),
+        side_process(job_of("instruction", tmp_path / "absent", tmp_path), "stock") as side,
+    ):
+        side.ask("num_rounds")
 
 
 @pytest.mark.parametrize("part", ["instruction", "chat"])

@@ -18,7 +18,6 @@ from train.export import export
 from train.recipe import (
     ConnectorTraining,
     InstructionRecipe,
-    InstructionSource,
     LLMTraining,
     RouterPartTraining,
     TowerTraining,
@@ -28,30 +27,17 @@ from vision_moe import InputError
 
 
 @pytest.fixture
-def recipe(llm_folder: Path, clip_folder: Path, tmp_path: Path) -> InstructionRecipe:
+def recipe(recipe: InstructionRecipe) -> InstructionRecipe:
     """Something of everything trains."""
-    return InstructionRecipe(
-        out=str(tmp_path / "out"),
-        llm=str(llm_folder),
-        tower=str(clip_folder),
-        data=[
-            InstructionSource(
-                name="scenes_questions", num_images=8, questions_per_image=2, image_size=32
-            )
-        ],
-        trainable=Trainable(
-            connector=ConnectorTraining(lr=1e-2),
-            llm=LLMTraining(mode="lora", lr=1e-2, r=4, dropout=0.1),
-            vision=TowerTraining(mode="lora", lr=1e-2, r=2),
-            router=RouterPartTraining(mode="full", lr=1e-2),
-            experts=TowerTraining(mode="lora", lr=1e-2, r=2),
-        ),
-        batch_rows=4,
-        steps=4,
-        save_steps=2,
-        log_steps=1,
-        precision="fp32",
+    recipe.trainable = Trainable(
+        connector=ConnectorTraining(lr=1e-2),
+        llm=LLMTraining(mode="lora", lr=1e-2, r=4, dropout=0.1),
+        vision=TowerTraining(mode="lora", lr=1e-2, r=2),
+        router=RouterPartTraining(mode="full", lr=1e-2),
+        experts=TowerTraining(mode="lora", lr=1e-2, r=2),
     )
+    recipe.steps, recipe.save_steps = 4, 2
+    return recipe
 
 
 class Killed(BaseException):

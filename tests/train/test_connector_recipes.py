@@ -7,24 +7,14 @@ import pytest
 
 from mllm.model import load_mllm
 from train import run_recipe
-from train.recipe import InstructionRecipe, InstructionSource
+from train.recipe import InstructionRecipe, Trainable
 from vision_moe import InputError, moe_layers
 
 
 @pytest.fixture
-def recipe(llm_folder: Path, clip_folder: Path, tmp_path: Path) -> InstructionRecipe:
-    source = InstructionSource(
-        name="scenes_questions", num_images=6, questions_per_image=2, image_size=32
-    )
-    return InstructionRecipe(
-        out=str(tmp_path / "out"),
-        llm=str(llm_folder),
-        tower=str(clip_folder),
-        data=[source],
-        batch_rows=3,
-        steps=2,
-        precision="fp32",
-    )
+def recipe(recipe: InstructionRecipe) -> InstructionRecipe:
+    recipe.trainable, recipe.steps = Trainable(), 2
+    return recipe
 
 
 @pytest.mark.parametrize("connector", ["pixel_shuffle", "resampler"])

@@ -11,37 +11,19 @@ from train.config import load_recipe
 from train.dry_run_instruction import dry_run
 from train.estimate import estimate
 from train.recipe import (
-    ConnectorTraining,
     InstructionRecipe,
     InstructionSource,
-    LLMTraining,
     RouterPartTraining,
     TowerTraining,
-    Trainable,
 )
 from vision_moe import InputError
 
 
 @pytest.fixture
-def recipe(llm_folder: Path, clip_folder: Path, tmp_path: Path) -> InstructionRecipe:
-    return InstructionRecipe(
-        out=str(tmp_path / "out"),
-        llm=str(llm_folder),
-        tower=str(clip_folder),
-        data=[
-            InstructionSource(
-                name="scenes_questions", num_images=8, questions_per_image=2, image_size=32
-            )
-        ],
-        trainable=Trainable(
-            connector=ConnectorTraining(lr=1e-2),
-            llm=LLMTraining(mode="lora", lr=1e-2, r=4),
-            router=RouterPartTraining(mode="full"),
-            experts=TowerTraining(mode="full"),
-        ),
-        batch_rows=4,
-        precision="fp32",
-    )
+def recipe(recipe: InstructionRecipe) -> InstructionRecipe:
+    recipe.trainable.router = RouterPartTraining(mode="full")
+    recipe.trainable.experts = TowerTraining(mode="full")
+    return recipe
 
 
 def test_planned_parts_and_steps_are_those_of_the_run(recipe: InstructionRecipe) -> None:
@@ -66,6 +48,13 @@ def test_dry_run_tells_shapes_records_parts_and_memory(recipe: InstructionRecipe
     assert "router" in text and "frozen" in text and "full, lr 0.0001" in text
     assert "peak memory" in text
     assert not Path(recipe.out).exists()
+
+
+def test_dry_run_without_its_data_names_it(recipe: InstructionRecipe) -> None:
+    recipe.data = [InstructionSource(name="llava_json", path="absent/mix.json")]
+    with pytest.raises(InputError, match=r"absent/mix\.json"):
+        list(dry_run(recipe))
+    assert any("absent/mix.json" in note for note in estimate(recipe).notes)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from train.parts import set_trainable
 from train.recipe import (
     ConnectorTraining,
     InstructionRecipe,
-    InstructionSource,
     LLMTraining,
     RouterPartTraining,
     TowerTraining,
@@ -24,24 +23,10 @@ from vision_moe import CLIPMoEVisionModel, InputError
 
 
 @pytest.fixture
-def recipe(llm_folder: Path, clip_folder: Path, tmp_path: Path) -> InstructionRecipe:
-    return InstructionRecipe(
-        out=str(tmp_path / "out"),
-        llm=str(llm_folder),
-        tower=str(clip_folder),
-        data=[
-            InstructionSource(
-                name="scenes_questions", num_images=12, questions_per_image=3, image_size=32
-            )
-        ],
-        trainable=Trainable(
-            connector=ConnectorTraining(lr=1e-2), llm=LLMTraining(mode="lora", lr=1e-2, r=4)
-        ),
-        batch_rows=4,
-        steps=6,
-        log_steps=1,
-        precision="fp32",
-    )
+def recipe(recipe: InstructionRecipe) -> InstructionRecipe:
+    recipe.data[0].num_images, recipe.data[0].questions_per_image = 12, 3
+    recipe.steps = 6
+    return recipe
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:

@@ -14,9 +14,7 @@ from train import run_recipe
 from train.parts import set_trainable
 from train.quantize import quantize_nf4
 from train.recipe import (
-    ConnectorTraining,
     InstructionRecipe,
-    InstructionSource,
     LLMTraining,
     Trainable,
 )
@@ -25,25 +23,9 @@ from vision_moe import InputError
 
 
 @pytest.fixture
-def recipe(llm_folder: Path, clip_folder: Path, tmp_path: Path) -> InstructionRecipe:
-    return InstructionRecipe(
-        out=str(tmp_path / "out"),
-        llm=str(llm_folder),
-        llm_quantization="nf4",
-        tower=str(clip_folder),
-        data=[
-            InstructionSource(
-                name="scenes_questions", num_images=8, questions_per_image=2, image_size=32
-            )
-        ],
-        trainable=Trainable(
-            connector=ConnectorTraining(lr=1e-2), llm=LLMTraining(mode="lora", lr=1e-2, r=4)
-        ),
-        batch_rows=4,
-        steps=20,
-        log_steps=1,
-        precision="fp32",
-    )
+def recipe(recipe: InstructionRecipe) -> InstructionRecipe:
+    recipe.llm_quantization, recipe.steps = "nf4", 20
+    return recipe
 
 
 def test_only_linear_layers_of_the_language_model_are_quantized(recipe: InstructionRecipe) -> None:
