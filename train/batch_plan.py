@@ -65,6 +65,9 @@ def plan_batches(
 ) -> Iterator[list[int]]:
     """Endless row numbers of one batch after another.
 
+    The first epoch begins with its largest step, and that with its largest batch: memory that does
+    not suffice is noticed at once, and on a CPU what the first step frees has room for all others.
+
     Args:
         rows: Of the run.
         draws: Which of them are an epoch.
@@ -91,9 +94,26 @@ def plan_batches(
             shown = np.array([rows.has_pictures(row) for row in drawn])
             kinds = [batches_of(drawn[shown]), batches_of(drawn[~shown])]
             batches = _by_steps(kinds, step_batches, -num_planned % step_batches, rng)
-        yield from batches
+        yield from _largest_first(batches, lengths, step_batches or 1) if epoch == 0 else batches
         num_planned += len(batches)
         epoch += 1
+
+
+def _largest_first(
+    batches: list[list[int]], lengths: np.ndarray, step_batches: int
+) -> list[list[int]]:
+    """By tokens with padding; two steps change places, and two batches within one."""
+    sizes = [len(batch) * int(lengths[batch].max()) for batch in batches]
+    largest = int(np.argmax(sizes))
+    order = list(range(len(batches)))
+    start = largest - largest % step_batches
+    if start + step_batches <= len(batches):
+        step = order[start : start + step_batches]
+        order[start : start + step_batches] = order[:step_batches]
+        order[:step_batches] = step
+        largest -= start
+    order[0], order[largest] = order[largest], order[0]
+    return [batches[number] for number in order]
 
 
 def _by_steps(

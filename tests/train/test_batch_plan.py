@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,3 +78,15 @@ def test_pictures_and_text_alone_stand_in_steps_apart() -> None:
     assert [len(step) for step in steps].count(1) >= 5
     assert {True} in steps and {False} in steps
     assert plan(shown, 20, step_batches=3) == batches
+
+
+@pytest.mark.parametrize("step_batches", [None, 2])
+def test_first_step_and_batch_are_the_largest(step_batches: int | None) -> None:
+    lengths = [5] * 17 + [60] + [5] * 13 + [9]
+    rows = row_store([True] * len(lengths))
+    for number, length in enumerate(lengths):
+        rows.lengths[number] = length
+    draws = WeightedDraws(rows.sources, [1.0], 0)
+    batches = list(islice(plan_batches(rows, draws, 4, 1000, 0, step_batches), 8))
+    assert 17 in batches[0]
+    assert sorted(row for batch in batches for row in batch) == list(range(32))

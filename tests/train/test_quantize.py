@@ -91,3 +91,16 @@ def test_frozen_weights_in_bf16_and_trained_ones_in_fp32(recipe: InstructionReci
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
     recipe.steps = 2
     run_recipe(recipe)  # without autocast
+
+
+def test_no_weight_is_left_in_the_file_it_was_read_from(
+    recipe: InstructionRecipe, mllm_folder: Path
+) -> None:
+    """Else all of the file, with what is in four bits now, counts as this process's memory."""
+    recipe.init_from, recipe.tower = str(mllm_folder), None
+    model, _ = load_model(recipe)
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("not Linux")
+    assert str(mllm_folder) not in maps.read_text()
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
