@@ -84,7 +84,7 @@ def test_resumed_run_with_routers_and_adapters_is_bit_equal(
 def test_last_checkpoint_exports_to_what_the_run_ends_with(
     recipe: InstructionRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.instruction.shutil", SimpleNamespace(rmtree=lambda *_, **__: None))
+    monkeypatch.setattr("train.stages.shutil", SimpleNamespace(rmtree=lambda *_, **__: None))
     finished = run_recipe(recipe)
     assert_same(state_of(export(f"{finished}.checkpoints", tmp_path / "a")), state_of(finished))
     one = checkpoints.newest_whole(Path(f"{finished}.checkpoints"))
