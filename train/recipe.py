@@ -158,10 +158,11 @@ class UpcycleRecipe(Recipe):
     """K, for each modality and stage."""
     cluster_modality: Literal["both", "image", "text"] = "both"
     """Whose features are clustered."""
-    features: Literal["pass", "training"] = "pass"
-    """What is clustered before a stage: the features of all pairs by the model of the stage before,
-    in a ``pass`` of their own; or those that it had of each pair when it last trained on it
-    (``training``), which cost no pass but in the first stage, and of pairs that it did not see."""
+    features: Literal["pass", "training"] = "training"
+    """What is clustered before a stage: the features that the model of the stage before had of each
+    pair when it last trained on it (``training``), which cost no pass over the pairs but before the
+    first stage, and over those that it did not see; or those of the trained model, in a ``pass`` of
+    their own, as in the paper."""
     clusters: Literal["sequential", "parallel"] = "sequential"
     """``sequential``: each stage clusters anew and refines the clusters before. ``parallel``
     (CLIP-FMoE): the base's features are clustered once, in one modality, and each stage trains on

@@ -32,6 +32,7 @@ def recipe_of(out: Path, model: Path, **changes: Any) -> UpcycleRecipe:
         "data": {"num_pairs": 48, "caption": "detailed"},
         "num_experts": 3,
         "num_clusters": K,
+        "features": "pass",
         "stage": STAGE,
         "router": {"steps": 3, "batch_size": 8, "lr": 1e-2, "warmup_steps": 1, "logit_scale": 100},
         "precision": "fp32",
