@@ -140,7 +140,10 @@ def estimate_step(
     bf16 = use_bf16(recipe.precision)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     with even_routing(), mode, PeakMemory() as memory, counter:
-        inputs = {name: torch.empty_like(one, device=device) for name, one in batch.items()}
+        inputs = {
+            name: one if name == "row_lengths" else torch.empty_like(one, device=device)
+            for name, one in batch.items()
+        }
         for _ in range(2):  # the optimiser's state is there from the second step on
             with autocast:
                 loss = wrapped(**inputs)["loss"]
@@ -219,6 +222,7 @@ def _largest_batch(
         "position_ids": places,
         "branch_ids": places,
         "token_places": places.flatten(),
+        "row_lengths": torch.full((recipe.batch_rows,), length),
         "label_positions": torch.zeros(labels, dtype=torch.int64),
         "labels": torch.zeros(labels, dtype=torch.int64),
         **pictures(range(recipe.batch_rows)),

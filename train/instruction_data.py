@@ -45,10 +45,10 @@ def collate(rows: Sequence[Row], pictures: Pictures, pad_token_id: int) -> dict[
         pad_token_id: Any id; padding is neither seen nor learnt.
 
     Returns:
-        ``input_ids``, ``position_ids``, ``branch_ids`` ``(B, L)``; ``token_places`` ``(T,)``, all
-        but padding, and ``label_positions`` ``(M,)``, counted through the flattened ``(B * L)``;
-        ``labels`` ``(M,)``; what ``pictures`` gives, in the order of the pictures' tokens: I of
-        them, 0 where all rows are text.
+        ``input_ids``, ``position_ids``, ``branch_ids`` ``(B, L)``; ``row_lengths`` ``(B,)``;
+        ``token_places`` ``(T,)``, all but padding, and ``label_positions`` ``(M,)``, counted
+        through the flattened ``(B * L)``; ``labels`` ``(M,)``; what ``pictures`` gives, in the
+        order of the pictures' tokens: I of them, 0 where all rows are text.
     """
     length = max(len(row) for row in rows)
 
@@ -66,6 +66,7 @@ def collate(rows: Sequence[Row], pictures: Pictures, pad_token_id: int) -> dict[
         "position_ids": padded("position_ids", 0),
         "branch_ids": padded("branch_ids", PADDING),
         "token_places": torch.from_numpy(np.concatenate(token_places)),
+        "row_lengths": torch.tensor([len(row) for row in rows]),
         "label_positions": torch.from_numpy(np.concatenate(label_positions)),
         "labels": torch.from_numpy(np.concatenate([row.labels for row in rows])),
         **pictures(keys),

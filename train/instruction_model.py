@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from mllm.tiles import pack_views
+from train.frozen_blocks import use_frozen_blocks
 from train.instruction_data import PADDING, shared_prefix_mask
 from train.router_losses import RouterLosses, RouterSettings
-from train.row_attention import use_row_attention
+from train.row_attention import LineOfRows, use_row_attention
 
 _LOGITS_CHUNK = 512
 
@@ -37,6 +38,7 @@ class InstructionModel(nn.Module):
         super().__init__()
         self.llava = llava
         use_row_attention(llava.model.language_model)
+        use_frozen_blocks(llava.model.language_model)
         self.router_losses = RouterLosses(llava, routers)
 
     def forward(
@@ -45,6 +47,7 @@ class InstructionModel(nn.Module):
         position_ids: Tensor,
         branch_ids: Tensor,
         token_places: Tensor,
+        row_lengths: Tensor,
         label_positions: Tensor,
         labels: Tensor,
         image_features: Tensor | None = None,
@@ -62,6 +65,7 @@ class InstructionModel(nn.Module):
             position_ids: ``(B, L)``.
             branch_ids: ``(B, L)``, see :func:`shared_prefix_mask`.
             token_places: ``(T,)``, where a token is, not padding; into the flattened ``(B * L)``.
+            row_lengths: ``(B,)``, tokens of each row.
             label_positions: ``(M,)`` into the flattened ``(B * L)``.
             labels: ``(M,)``.
             image_features: ``(I, N, V)``, in the order of the pictures' tokens; or
@@ -89,12 +93,12 @@ class InstructionModel(nn.Module):
         if image_sizes is not None:
             projected = pack_views(model, projected, image_sizes)
         embeddings = embeddings.masked_scatter(is_image, projected.to(embeddings.dtype))
-        sees = shared_prefix_mask(branch_ids)
+        bias = _bias(shared_prefix_mask(branch_ids), embeddings.dtype)
         output = model.language_model(
             inputs_embeds=embeddings,
             position_ids=position_ids.flatten()[token_places][None],
-            attention_mask=_bias(sees, embeddings.dtype),
-            token_places=token_places,
+            attention_mask=bias,
+            rows=LineOfRows(token_places, bias, row_lengths),
             use_cache=False,
             **self.router_losses.llm_arguments,
         )

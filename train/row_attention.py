@@ -1,14 +1,15 @@
 """Attention within rows that are laid end to end, so that no other layer sees padding.
 
-A batch of rows reaches the language model as one line of tokens. Here alone they are rows again,
-padded to the longest, each with a mask of its own: what a block-diagonal mask over the line would
-allow, without the blocks that it forbids.
+A batch of rows reaches the language model as one line of tokens. Here alone they are rows again. On
+a CPU each row is taken by itself: its products and weights fit into the processor's cache, and none
+of them is padding. Elsewhere rows are padded to the longest and go to PyTorch's kernels.
 
-B rows, L tokens of the longest, T of all, H heads, K key-value heads, d width of a head.
+B rows, L tokens of the longest, l of one, T of all, H heads, K key-value heads, d width of a head.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,8 +26,38 @@ ROW_ATTENTION = "rows"
 _LONGEST_FOR_PLAIN_PRODUCTS = 1024
 
 
+@dataclass
+class LineOfRows:
+    """Where the rows of a batch are in the line, and what their tokens see.
+
+    Attributes:
+        token_places: ``(T,)``, where a token is, not padding; into the flattened ``(B * L)``.
+        bias: ``(B, 1, L, L)``, 0 where the query (third) sees the key (fourth), else negative
+            infinity, in the format that attention computes in.
+        lengths: ``(B,)``, tokens of each row.
+    """
+
+    token_places: Tensor
+    bias: Tensor
+    lengths: Tensor
+    _biases: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def suits_plain_products(self) -> bool:
+        return self.bias.device.type == "cpu" and self.bias.shape[-1] <= _LONGEST_FOR_PLAIN_PRODUCTS
+
+    def biases(self, num_heads: int) -> list[Tensor]:
+        """``(num_heads * l, l)`` of each row: its bias, repeated; the same for every layer."""
+        if num_heads not in self._biases:
+            self._biases[num_heads] = [
+                bias[0, :length, :length].repeat(num_heads, 1)
+                for bias, length in zip(self.bias, self.lengths.tolist(), strict=True)
+            ]
+        return self._biases[num_heads]
+
+
 def use_row_attention(language_model: PreTrainedModel) -> None:
-    """Let a language model take ``token_places``; without them it computes what it did before."""
+    """Let a language model take ``rows``; without them it computes what it did before."""
     language_model.set_attn_implementation(ROW_ATTENTION)
 
 
@@ -38,7 +69,7 @@ def row_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    token_places: Tensor | None = None,
+    rows: LineOfRows | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer.
@@ -48,56 +79,123 @@ def row_attention(
         query: ``(1, H, T, d)``.
         key: ``(1, K, T, d)``.
         value: ``(1, K, T, d)``.
-        attention_mask: ``(B, 1, L, L)``, 0 where the query (third) sees the key (fourth), else
-            negative infinity.
+        attention_mask: The rows' bias.
         dropout: Of the attention's weights.
         scaling: Of the products; ``d ** -0.5`` by default.
-        token_places: ``(T,)`` into the flattened ``(B * L)``; stock attention without.
+        rows: Where they are in the line; stock attention without.
         options: For PyTorch's kernels.
 
     Returns:
         ``(1, T, H, d)``.
     """
-    if token_places is None:
+    if rows is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    assert attention_mask is not None
-    num_rows, _, length, _ = attention_mask.shape
+    if rows.suits_plain_products and dropout == 0:
+        heads = torch.cat([query[0], key[0], value[0]]).transpose(0, 1).to(rows.bias.dtype)
+        return attend(heads, query.shape[1], rows, scaling)[None], None
+    num_rows, _, length, _ = rows.bias.shape
 
     def in_rows(line: Tensor) -> Tensor:
         tokens = line[0].transpose(0, 1)
-        rows = tokens.new_zeros(num_rows * length, *tokens.shape[1:])
+        padded = tokens.new_zeros(num_rows * length, *tokens.shape[1:])
         return (
-            rows.index_copy(0, token_places, tokens)
+            padded.index_copy(0, rows.token_places, tokens)
             .unflatten(0, (num_rows, length))
             .transpose(1, 2)
         )
 
-    query, key, value = in_rows(query), in_rows(key), in_rows(value)
-    if query.device.type == "cpu" and length <= _LONGEST_FOR_PLAIN_PRODUCTS:
-        mixed = _plain_products(query, key, value, attention_mask, dropout, scaling)
-    else:
-        mixed, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
-    return mixed.flatten(0, 1)[token_places][None], None
+    mixed, _ = sdpa_attention_forward(
+        module, in_rows(query), in_rows(key), in_rows(value), rows.bias,
+        dropout=dropout, scaling=scaling, **options,
+    )  # fmt: skip
+    return mixed.flatten(0, 1)[rows.token_places][None], None
 
 
-def _plain_products(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, scaling: float | None
+def attend(
+    heads: Tensor, num_heads: int, rows: LineOfRows, scaling: float | None = None
 ) -> Tensor:
-    """``(B, L, H, d)``; the queries of the heads that share a key stand in one matrix."""
-    num_rows, num_heads, length, width = query.shape
-    grouped = (num_rows, key.shape[1], -1, width)
-    scores = query.reshape(grouped) * (width**-0.5 if scaling is None else scaling)
-    scores = (scores @ key.transpose(-1, -2)).view(num_rows, num_heads, length, length)
+    """Plain products, row by row.
+
+    Args:
+        heads: ``(T, H + 2 K, d)``: queries, keys, values.
+        num_heads: H.
+        rows: Where they are in the line.
+        scaling: Of the products; ``d ** -0.5`` by default.
+
+    Returns:
+        ``(T, H, d)``.
+    """
+    scaling = heads.shape[-1] ** -0.5 if scaling is None else scaling
     # Outside of autocast, which would widen all of it: the sums inside are in fp32 anyway.
-    with torch.autocast(query.device.type, enabled=False):
-        weights = (scores + bias.to(scores.dtype)).softmax(-1)
-        weights = nn.functional.dropout(weights, dropout)
-        mixed = weights.view(num_rows, key.shape[1], -1, length) @ value.to(weights.dtype)
-    return mixed.view(query.shape).transpose(1, 2)
+    with torch.autocast(heads.device.type, enabled=False):
+        mixed: Tensor = _Attend.apply(heads, num_heads, rows, scaling)
+    return mixed
+
+
+class _Attend(torch.autograd.Function):
+    """Its backward pass by hand: autograd would pad and add what here is written in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, heads: Tensor, num_heads: int, rows: LineOfRows, scaling: float
+    ) -> Tensor:
+        num_keys = (heads.shape[1] - num_heads) // 2
+        biases = rows.biases(num_heads // num_keys)
+        mixed = heads.new_empty(heads.shape[0], num_heads, heads.shape[2])
+        kept = []
+        start = 0
+        for bias in biases:
+            place = slice(start, start := start + bias.shape[1])
+            query, key, value = _of_row(heads[place], num_heads, num_keys)
+            scores = torch.baddbmm(
+                bias.expand(num_keys, -1, -1), query, key.transpose(1, 2), alpha=scaling
+            )
+            weights = scores.softmax(-1, dtype=torch.float32).to(heads.dtype)
+            mixed[place] = _by_token(weights @ value, num_heads)
+            kept.append(weights)
+        ctx.save_for_backward(heads, *kept)
+        ctx.num_heads, ctx.scaling = num_heads, scaling
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        heads, *kept = ctx.saved_tensors
+        num_heads = ctx.num_heads
+        num_keys = (heads.shape[1] - num_heads) // 2
+        grad_heads = torch.empty_like(heads)
+        start = 0
+        for weights in kept:
+            place = slice(start, start := start + weights.shape[2])
+            query, key, value = _of_row(heads[place], num_heads, num_keys)
+            grad_mixed = _by_head(grad[place], num_keys)
+            grad_weights = grad_mixed @ value.transpose(1, 2)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            out = grad_heads[place]
+            out[:, :num_heads] = _by_token(grad_scores @ key, num_heads).mul_(ctx.scaling)
+            grad_key = (grad_scores.transpose(1, 2) @ query).mul_(ctx.scaling)
+            out[:, num_heads : num_heads + num_keys] = grad_key.transpose(0, 1)
+            grad_value = weights.transpose(1, 2) @ grad_mixed
+            out[:, num_heads + num_keys :] = grad_value.transpose(0, 1)
+        return grad_heads, None, None, None
+
+
+def _of_row(heads: Tensor, num_heads: int, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(K, H/K * l, d)`` queries, of all heads that share a key; keys and values ``(K, l, d)``."""
+    query, key, value = heads.split([num_heads, num_keys, num_keys], dim=1)
+    return _by_head(query, num_keys), key.transpose(0, 1), value.transpose(0, 1)
+
+
+def _by_head(tokens: Tensor, num_keys: int) -> Tensor:
+    """``(l, H, d)`` as ``(K, H/K * l, d)``."""
+    length, _, width = tokens.shape
+    return tokens.transpose(0, 1).reshape(num_keys, -1, width)
+
+
+def _by_token(tokens: Tensor, num_heads: int) -> Tensor:
+    """``(K, H/K * l, d)`` as ``(l, H, d)``."""
+    return tokens.view(num_heads, -1, tokens.shape[2]).transpose(0, 1)
 
 
 AttentionInterface.register(ROW_ATTENTION, row_attention)
