@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from train.sharding import spread_like
 from vision_moe import InputError, atomic_write_text
 
 logger = logging.getLogger(__name__)
@@ -184,4 +185,4 @@ def put_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     for name, value in state.items():
         if name not in parameters or parameters[name].shape != value.shape:
             raise InputError(f"{source}: a checkpoint of another model ('{name}' does not fit)")
-        parameters[name].copy_(value)
+        parameters[name].copy_(spread_like(parameters[name], value))

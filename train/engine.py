@@ -24,6 +24,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from train import checkpoints
 from train.checkpoints import Content
@@ -31,6 +32,7 @@ from train.instruction_data import only_item
 from train.processes import processes
 from train.progress import ProgressBar, check_tracker, tensorboard_callback
 from train.recipe import LogTo
+from train.sharding import load_whole_optimizer_state, whole_optimizer_state
 from train.stages import checkpoint_folder
 from vision_moe import InputError
 
@@ -170,6 +172,8 @@ class WholeCheckpointTrainer(Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         assert output_dir is not None
+        if not self.args.should_save:  # it has taken part in gathering what another writes
+            return
         os.makedirs(output_dir, exist_ok=True)
         self.content.save(self.kept_state(state_dict), Path(output_dir))
 
@@ -189,10 +193,31 @@ class WholeCheckpointTrainer(Trainer):
         state = self.content.read(Path(resume_from_checkpoint))
         checkpoints.put_weights(self.unwrapped, state, resume_from_checkpoint)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As one process does, also where the optimiser's state is spread over several."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            with checkpoints.reading(Path(checkpoint)):
+        if checkpoint is None:
+            return
+        with checkpoints.reading(Path(checkpoint)):
+            if not self.is_fsdp_enabled:
                 super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            assert self.optimizer is not None and self.lr_scheduler is not None
+            optimizer, scheduler = (
+                torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+                for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+            )
+            load_whole_optimizer_state(self.optimizer, optimizer)
+            self.lr_scheduler.load_state_dict(scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -300,9 +325,10 @@ def fit(
         args=arguments,
         train_dataset=batches,
         data_collator=only_item,
-        optimizers=(optimizer, scheduler),
         callbacks=callbacks,
     )
+    # Not as an argument: under FSDP the Trainer takes none, but FSDP2 spreads one that it has.
+    trainer.optimizer, trainer.lr_scheduler = optimizer, scheduler
     trainer.remove_callback(PrinterCallback)
     with _quiet_libraries(), closing(progress):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))

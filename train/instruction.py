@@ -39,6 +39,7 @@ from train.recipe import InstructionRecipe
 from train.router_losses import router_settings
 from train.row_store import RowStore, collect_rows
 from train.schedule import learning_rate_schedule
+from train.sharding import name_units
 from train.sources.base import InstructionData, SkippedSamples
 from train.stages import Stage, StageResult
 from train.starting_model import finished_model, load_model, set_parts
@@ -308,6 +309,7 @@ def training_module(
     module = InstructionModel(model, router_settings(recipe, model, parts))
     if recipe.gradient_checkpointing:
         module.checkpoint_blocks()
+    name_units(module)
     return module
 
 

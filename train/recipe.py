@@ -234,7 +234,7 @@ class PartTraining(Strict):
     lr: PositiveFloat = 2e-4
     r: Positive = 16
     """LoRA: rank."""
-    alpha: PositiveFloat = 32
+    alpha: PositiveFloat = 32.0
     """LoRA: the update is scaled by ``alpha / r``."""
     dropout: Annotated[float, Ge(0), Le(0.9)] = 0.0
     target: Literal["all-linear"] | Annotated[list[str], MinLen(1)] = "all-linear"

@@ -23,7 +23,7 @@ from vision_moe.errors import InputError
 from vision_moe.preprocessing import build_preprocess, image_processor_config
 from vision_moe.routers import RouterOptions
 from vision_moe.routing import record_routing
-from vision_moe.surgery import insert_moe
+from vision_moe.surgery import block_classes, insert_moe
 from vision_moe.tokenizers import transformers_tokenizer
 from vision_moe.towers import (
     build_text_tower,
@@ -151,6 +151,8 @@ class CLIPMoEVisionModel(_CLIPMoEPreTrainedModel):
         self.visual = build_vision_tower(config.open_clip_config)
         if config.moe is not None:
             _insert_moe(self.visual, config.moe, "vision")
+        # A block stays whole where weights are spread over devices: its router picks any expert.
+        self._no_split_modules = block_classes(self.visual)
         self.post_init()
 
     def forward(
@@ -215,6 +217,7 @@ class CLIPMoEModel(_CLIPMoEPreTrainedModel):
             _insert_moe(self.text, config.moe, "text")
         image_size = description["vision_cfg"].get("image_size", 224)
         self.preprocess = build_preprocess(image_size, **config.preprocess)
+        self._no_split_modules = block_classes(self.visual) | block_classes(self.text)
         self.post_init()
 
     @classmethod

@@ -91,6 +91,17 @@ def find_ffns(tower: nn.Module) -> list[FFNSite]:
     return sites
 
 
+def block_classes(tower: nn.Module) -> set[str]:
+    """Names of the classes of the blocks that hold a feed-forward network, dense or not."""
+    return {
+        type(block).__name__
+        for container in tower.modules()
+        if isinstance(container, (nn.ModuleList, nn.Sequential))
+        for block in container.children()
+        if any(isinstance(child, MoEFeedForward) or _is_ffn(child) for child in block.children())
+    }
+
+
 def ffn_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the weights of every dense feed-forward network, by qualified name: one expert."""
     return {
