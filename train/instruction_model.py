@@ -8,17 +8,14 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from mllm.tiles import pack_views
+from train.chunked_loss import summed_loss
 from train.frozen_blocks import use_frozen_blocks
 from train.instruction_data import PADDING, shared_prefix_mask
 from train.router_losses import RouterLosses, RouterSettings
 from train.row_attention import LineOfRows, use_row_attention
-
-_LOGITS_CHUNK = 512
 
 
 class InstructionModel(nn.Module):
@@ -107,8 +104,7 @@ class InstructionModel(nn.Module):
         auxiliary = self.router_losses(watched, output, all_tokens, has_pictures)
         places_in_line = is_token.cumsum(0) - 1
         predicting = output.last_hidden_state[0, places_in_line[label_positions]]  # (M, D)
-        chunks = zip(predicting.split(_LOGITS_CHUNK), labels.split(_LOGITS_CHUNK), strict=True)
-        total = torch.stack([self._summed_loss(h, y) for h, y in chunks]).sum()
+        total = summed_loss(self.llava.lm_head, predicting, labels)
         if auxiliary is not None:
             total = total + labels.numel() * auxiliary
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch
@@ -142,13 +138,6 @@ class InstructionModel(nn.Module):
         features: Tensor = states.hidden_states[config.vision_feature_layer][:, int(drop_first) :]
         return features[:num_images]
 
-    def _summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        # Logits are recomputed in the backward pass, so that one chunk of them exists at a time.
-        loss: Tensor = checkpoint(
-            _cross_entropy, self.llava.lm_head, hidden, labels, use_reentrant=False
-        )
-        return loss
-
 
 def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where ``sees``, else negative infinity, in the format that the layers compute in."""
@@ -156,8 +145,3 @@ def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf)
-
-
-def _cross_entropy(lm_head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    logits = lm_head(hidden)
-    return F.cross_entropy(logits.to(torch.float32), labels, reduction="sum")

@@ -140,7 +140,7 @@ def test_loss_of_many_labels_is_that_of_few_at_a_time(
     rows = [chat_row(sample, prompts, limits) for sample in SAMPLES]
     batch = collate(rows, features_of(model, processor), pad_token_id=2)
     whole = InstructionModel(model)(**batch)["loss"]
-    monkeypatch.setattr("train.instruction_model._LOGITS_CHUNK", 3)
+    monkeypatch.setattr("train.chunked_loss._CHUNK", 3)
     torch.testing.assert_close(InstructionModel(model)(**batch)["loss"], whole)
 
 
