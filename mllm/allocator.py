@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from typing import Any
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+# Bytes that the heap grows by for each byte in use. Measured op by op in the forward pass of
+# SmolLM2 with LoRA: 2.11 GB of heap for 1.63 GB in use, 1.74 GB of which were tensors at the peak.
+# What an operator needs for itself lies between tensors that stay, and leaves holes there that
+# the next one's do not fit into.
+_HOLES = 0.29
+
+# oneDNN compiles kernels for every number of tokens that a step has, and keeps 1,024 of them by
+# default. Each new number took 18 MB of a run of SmolLM2, 0.3 GB within 14 steps.
+_KEPT_KERNELS = 256
+
+
+def heap_holes(size: int) -> int:
+    """Bytes that a heap needs beyond those of tensors that come and go, with
+    :func:`keep_freed_memory`."""
+    return int(_HOLES * size) if _mallopt() is not None else 0
+
+
+def _mallopt() -> Any | None:
+    """glibc's function, where the C library is glibc."""
+    return getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
 
 
 def keep_freed_memory() -> None:
@@ -15,12 +38,13 @@ def keep_freed_memory() -> None:
     A training step frees and asks for the same large tensors over and over; by default each is
     mapped anew and zeroed page by page, which takes a tenth and more of a small model's step.
     Where the C library is another one, nothing happens.
+
+    Of kernels that are compiled for a number of tokens fewer are kept than by default; before the
+    first of them.
     """
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KEPT_KERNELS))
+    mallopt = _mallopt()
+    if mallopt is None:
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

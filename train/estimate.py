@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mllm.allocator import heap_holes
 from train.fake import PeakMemory, to_fake
 from train.instruction import RunPlan, build_rows, optimizer_of, plan_run, training_module
 from train.instruction_data import collate
@@ -47,6 +48,7 @@ class Estimate:
         gradients: Of what trains.
         optimizer: Its state.
         activations: What else a step holds at its peak.
+        heap: What the allocator needs for all that comes and goes beyond it, on a CPU.
         process: What the process takes apart from tensors, on a CPU; 0 where they are elsewhere.
         flops: Of the largest step, forward and backward.
         steps: Optimiser steps; ``None`` where the data or the tokenizer is not there to count.
@@ -59,6 +61,7 @@ class Estimate:
     gradients: int
     optimizer: int
     activations: int
+    heap: int
     process: int
     flops: int
     steps: int | None
@@ -68,7 +71,10 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.process
+        return (
+            self.weights + self.gradients + self.optimizer + self.activations + self.heap
+            + self.process
+        )  # fmt: skip
 
     def table(self) -> str:
         rows = [
@@ -77,6 +83,8 @@ class Estimate:
             ("optimizer state", self.optimizer),
             ("activations of the largest batch", self.activations),
         ]
+        if self.heap:
+            rows.append(("holes in the allocator's heap", self.heap))
         if self.process:
             rows.append(("the process itself", self.process))
         rows.append(("peak memory of one process", self.total))
@@ -120,9 +128,14 @@ def estimate_step(
     recipe: InstructionRecipe, planned: PlannedModel, rows: Sequence[Row], plan: RunPlan | None
 ) -> Estimate:
     """Run the largest step without content."""
-    process = psutil.Process().memory_info().rss
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = use_bf16(recipe.precision)
+    speed = _flops_per_second(device, bf16)
+    # Behind the products, for which libraries are read in that a run needs, too.
+    process = psutil.Process().memory_info().rss
     model = planned.model
+    if recipe.llm_quantization != "none":
+        _mark_four_bits(model.model.language_model)
     with even_routing():
         parts = set_parts(recipe, model)
     packed = _saved_by_four_bits(recipe, model)
@@ -133,13 +146,13 @@ def estimate_step(
         part: [fakes[id(one)] for one in ones] for part, ones in parts.parameters.items()
     }
     parts = dataclasses.replace(parts, parameters=trained)
-    wrapped = training_module(recipe, model, parts).train()
     optimizer = optimizer_of(recipe, parts)
     batch = _largest_batch(recipe, planned, rows, plan)
     counter: Any = FlopCounterMode(display=False)
-    bf16 = use_bf16(recipe.precision)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     with even_routing(), mode, PeakMemory() as memory, counter:
+        # Here, as it may keep weights in another format.
+        wrapped = training_module(recipe, model, parts).train()
         inputs = {
             name: one if name == "row_lengths" else torch.empty_like(one, device=device)
             for name, one in batch.items()
@@ -164,12 +177,13 @@ def estimate_step(
     if plan:
         largest = sum(one.numel() for name, one in batch.items() if name == "input_ids")
         tokens = sum(len(rows[row]) for one in plan.batches for row in one)
-        seconds = flops * tokens / max(1, largest) / _flops_per_second(device, bf16)
+        seconds = flops * tokens / max(1, largest) / speed
     return Estimate(
         weights=weights - packed,
         gradients=gradients,
         optimizer=state,
         activations=memory.peak - gradients - state,
+        heap=heap_holes(memory.peak) if device.type == "cpu" else 0,
         process=process if device.type == "cpu" else 0,
         flops=flops,
         steps=steps,
@@ -177,6 +191,16 @@ def estimate_step(
         num_parameters=parts.num_parameters,
         notes=planned.notes,
     )
+
+
+class _FourBitLinear(nn.Linear):
+    """Stands for a layer in four bits, which is no plain one to :mod:`train.frozen_blocks`."""
+
+
+def _mark_four_bits(language_model: nn.Module) -> None:
+    for layer in language_model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = _FourBitLinear
 
 
 def _saved_by_four_bits(recipe: InstructionRecipe, model: Any) -> int:
