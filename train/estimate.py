@@ -194,7 +194,25 @@ def estimate_step(
 
 
 class _FourBitLinear(nn.Linear):
-    """Stands for a layer in four bits, which is no plain one to :mod:`train.frozen_blocks`."""
+    """Stands for bitsandbytes' layer: unpacked while it is used, and it answers in the format that
+    it is asked in, whatever autocast says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = _FourBitProduct.apply(input, self.weight)
+        return (output if self.bias is None else output + self.bias).to(input.dtype)
+
+
+class _FourBitProduct(torch.autograd.Function):
+    """No unpacked weight is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.weight.to(grad.dtype), None
 
 
 def _mark_four_bits(language_model: nn.Module) -> None:

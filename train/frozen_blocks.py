@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -68,6 +69,20 @@ class FrozenBlock:
             return self.stock(
                 hidden_states, *args, position_embeddings=position_embeddings, rows=rows, **options
             )
+        inputs = (weights, hidden_states, position_embeddings, rows)
+        if self.layer.gradient_checkpointing and self.layer.training and torch.is_grad_enabled():
+            # transformers' own checkpointing is within the ``forward`` that this stands for.
+            output: Tensor = checkpoint(self._compute, *inputs, use_reentrant=False)
+            return output
+        return self._compute(*inputs)
+
+    def _compute(
+        self,
+        weights: _Weights,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        rows: LineOfRows,
+    ) -> Tensor:
         attention = self.layer.self_attn
         num_heads = attention.config.num_attention_heads
         eps = self.layer.input_layernorm.variance_epsilon

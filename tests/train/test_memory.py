@@ -42,6 +42,7 @@ def recipe(
     LlamaForCausalLM(config).save_pretrained(recipe.llm)
     tokenizer.save_pretrained(recipe.llm)
     recipe.data[0].num_images, recipe.data[0].questions_per_image = 32, 4
+    recipe.precision = "bf16"
     recipe.batch_rows, recipe.max_tokens_per_batch, recipe.steps = 32, 20_000, 1
     return recipe
 
