@@ -53,8 +53,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for h, y, out in zip(
             hidden.split(_CHUNK), labels.split(_CHUNK), grad.split(_CHUNK), strict=True
         ):
-            logits = F.linear(h, weight).float()
-            normalizer = logits.logsumexp(-1, keepdim=True)                     # (chunk, 1)
+            logits = F.linear(h.to(weight.dtype), weight).float()
+            normalizer = logits.logsumexp(-1, keepdim=True)  # (chunk, 1)
             total += (normalizer - logits.gather(1, y[:, None])).sum()
             if ctx.needs_input_grad[0]:
                 of_logits = logits.sub_(normalizer).exp_()
