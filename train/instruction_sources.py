@@ -23,17 +23,19 @@ def load_sources(sources: Sequence[InstructionSource], seed: int) -> Instruction
     data = InstructionData([], [], [])
     for number, source in enumerate(sources):
         part = READERS[source.name](source, seed)
-        first_key = len(data.open_images)
+        # Pictures of no sample get no number: nothing is computed of them.
+        used = sorted({key for sample in part.samples for key in sample.image_keys})
+        number_of = {key: len(data.open_images) + place for place, key in enumerate(used)}
         data.samples.extend(
             dataclasses.replace(
                 one,
-                image_keys=tuple(first_key + key for key in one.image_keys),
+                image_keys=tuple(number_of[key] for key in one.image_keys),
                 source_number=number,
             )
             for one in part.samples
         )
-        data.open_images.extend(part.open_images)
-        data.image_identities.extend(part.image_identities)
+        data.open_images.extend(part.open_images[key] for key in used)
+        data.image_identities.extend(part.image_identities[key] for key in used)
         data.skipped.num_seen += part.skipped.num_seen or len(part.samples)
         data.skipped.faults.extend(part.skipped.faults)
     return data
