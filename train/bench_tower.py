@@ -48,7 +48,7 @@ def quickstart_stage() -> UpcycleRecipe:
     return dataclasses.replace(recipe, model=base.model)
 
 
-def measure_stage(report: BenchReport, recipe: UpcycleRecipe, repeats: int = 3) -> None:
+def measure_stage(report: BenchReport, recipe: UpcycleRecipe, repeats: int = 7) -> None:
     """A DMU stage in the middle of a chain, beside the same training on random batches.
 
     Both see every pair once.  The stage loads the expert before it, and makes the clusters of the
