@@ -41,7 +41,7 @@ def chosen_blocks(choice: str | Sequence[int], tower: nn.Module) -> list[int]:
 def router_options(recipe: UpcycleRecipe) -> RouterOptions:
     """The router that the recipe asks for."""
     router = recipe.router
-    kinds: dict[str, Any] = {"trained": "linear", "training_free": "spectral"}
+    kinds: dict[str, Any] = {"trained": "linear", "random": "linear", "training_free": "spectral"}
     return RouterOptions(
         kind=kinds.get(router.kind, router.kind),
         rank=router.spectral_rank,

@@ -91,10 +91,10 @@ class ContrastiveTraining(Strict):
 class RouterTraining(ContrastiveTraining):
     """Tuning the routers, with the balance loss of every block."""
 
-    kind: Literal["trained", "training_free", "uniform"] = "trained"
+    kind: Literal["trained", "training_free", "uniform", "random"] = "trained"
     """``training_free``: routed by the leading singular vectors of the experts' weights (after
-    SSMoE), ``uniform``: all experts mixed evenly; both without a step of training, but for a base
-    gate's."""
+    SSMoE), ``uniform``: all experts mixed evenly, ``random``: routers as they are drawn; none of
+    them with a step of training, but for a base gate's."""
     spectral_rank: Positive = 8
     """``training_free``: how many vectors of each expert."""
     balance: NonNegative = 0.01

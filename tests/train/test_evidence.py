@@ -19,12 +19,13 @@ from vision_moe import CLIPMoEModel, InputError, ffn_state_dict, load
 
 CLAIMS = {
     "retrieval_vs_dense", "retrieval_vs_direct_finetuning", "retrieval_vs_sparse_upcycling",
-    "retrieval_vs_shuffled_labels", "retrieval_vs_seed_only", "retrieval_vs_uniform_routing",
+    "retrieval_vs_shuffled_labels", "retrieval_vs_seed_only", "retrieval_vs_random_routing",
+    "retrieval_vs_uniform_routing", "retrieval_of_top_4_vs_uniform_routing",
     "vqa_vs_dense", "vqa_vs_direct_finetuning", "zero_shot_vs_dense", "low_rank_share_of_gain",
 }  # fmt: skip
 TINY = {
     "evidence_clip_moe": [
-        "data.num_pairs=24", "num_experts=3", "num_clusters=2", "rank=2",
+        "data.num_pairs=24", "num_experts=4", "num_clusters=2", "rank=2",
         "stage={steps: 2, batch_size: 8, lr: 1.0e-2}",
         "router={steps: 2, batch_size: 8, lr: 1.0e-2}",
     ],
@@ -83,7 +84,7 @@ def test_experts_are_diagnosed_for_each_seed(finished: Path) -> None:
     experts = evidence(finished)["experts"]
     assert experts.keys() == {"0", "1"}
     assert experts["0"]["control_oracle"] is not None
-    assert [one["stage"] for one in experts["0"]["suppression"]] == [1, 2]
+    assert [one["stage"] for one in experts["0"]["suppression"]] == [1, 2, 3]
 
 
 def test_dmu_and_its_uniform_mixture_share_their_experts(finished: Path) -> None:

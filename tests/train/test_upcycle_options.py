@@ -266,6 +266,7 @@ ROUTER = {"steps": 3, "batch_size": 8, "lr": 1e-2, "warmup_steps": 1, "logit_sca
         ({"kind": "training_free"}, set()),
         ({"kind": "training_free", "base_gate": True}, {"base_gate"}),
         ({"kind": "uniform"}, set()),
+        ({"kind": "random"}, set()),
     ],
 )
 def test_what_of_the_router_trains(

@@ -65,7 +65,7 @@ class EvidenceOptions:
     seeds: tuple[Annotated[int, Ge(0)], ...] = (0, 1, 2)
     methods: tuple[str, ...] = tuple(METHODS)
     ablations: bool = False
-    mllm_methods: tuple[str, ...] = ("dense", "direct", "direct_ffn", "dmu")
+    mllm_methods: tuple[str, ...] = ("dense", "direct_ffn", "dmu")
     base: str | None = None
     llm: str = "stand_in"
     splits: tuple[Split, ...] = ("test", "compositional")

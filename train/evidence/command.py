@@ -28,16 +28,19 @@ from train.evidence.workers import finished
 from train.stages import Stage, fingerprint_of
 from vision_moe import InputError, atomic_write_text, writable_folder
 
-#: Claim -> the method that DMU is compared with in retrieval.
+#: Claim -> two methods, compared in retrieval.
 RETRIEVAL_CLAIMS = {
-    "retrieval_vs_dense": "dense",
-    "retrieval_vs_direct_finetuning": "direct",
-    "retrieval_vs_direct_finetuning_ffn": "direct_ffn",
-    "retrieval_vs_sparse_upcycling": "sparse",
-    "retrieval_vs_shuffled_labels": "shuffled_labels",
-    "retrieval_vs_seed_only": "seeds",
-    "retrieval_vs_weight_average": "average",
-    "retrieval_vs_uniform_routing": "uniform",
+    "retrieval_vs_dense": ("dmu", "dense"),
+    "retrieval_vs_direct_finetuning": ("dmu", "direct"),
+    "retrieval_vs_direct_finetuning_ffn": ("dmu", "direct_ffn"),
+    "retrieval_vs_sparse_upcycling": ("dmu", "sparse"),
+    "retrieval_vs_shuffled_labels": ("dmu", "shuffled_labels"),
+    "retrieval_vs_seed_only": ("dmu", "seeds"),
+    "retrieval_vs_weight_average": ("dmu", "average"),
+    "retrieval_vs_random_routing": ("dmu", "random_routing"),
+    # All four experts, evenly: twice the experts of top-2, as many as top-4.
+    "retrieval_vs_uniform_routing": ("dmu", "uniform"),
+    "retrieval_of_top_4_vs_uniform_routing": ("top_4", "uniform"),
 }
 VQA_CLAIMS = {
     "vqa_vs_dense": ("scenes", "dense", 2.0),
@@ -185,8 +188,8 @@ def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dic
     def retrieval(one: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         return [(hits[I2T] + hits[T2I]) / 2 for hits in one]
 
-    for name, other in RETRIEVAL_CLAIMS.items():
-        ours, theirs = scores("dmu", other)
+    for name, methods in RETRIEVAL_CLAIMS.items():
+        ours, theirs = scores(*methods)
         if ours:
             made[name] = difference(retrieval(ours), retrieval(theirs))
     ours, base = scores("dmu", "dense")

@@ -37,7 +37,11 @@ METHODS: dict[str, Method] = {
     "shuffled_labels": Method("DMU, labels shuffled", ("method=shuffled_labels",)),
     "dmu": Method("CLIP-MoE (DMU)"),
     "average": Method("weight average of DMU's stages", stages_of="dmu", trains=False),
-    "uniform": Method("DMU, uniform routing", ("router.kind=uniform",), stages_of="dmu"),
+    "random_routing": Method(
+        "DMU, routers as drawn", ("router.kind=random",), stages_of="dmu"
+    ),
+    "uniform": Method("DMU, all experts evenly", ("router.kind=uniform",), stages_of="dmu"),
+    "top_4": Method("CLIP-MoE (DMU), top-4", ("top_k=4",), stages_of="dmu"),
     "low_rank": Method("CLIP-MoE, low-rank experts", ("experts=low_rank",)),
 }  # fmt: skip
 
