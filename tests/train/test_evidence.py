@@ -1,6 +1,7 @@
 """``mllm bench evidence`` on a tiny scale: its cells, its claims, and what a second run makes."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from mllm.llm import load_llm
 from train.clip_evaluation import I2T, T2I, held_out_scenes
-from train.evidence.cells import Cell, EvidenceOptions
+from train.evidence.cells import Cell, EvidenceOptions, language_model, train_language_model
 from train.evidence.claims import difference, share_of_gain
 from train.evidence.command import planned_cells, run
 from train.evidence.experts import suppression, within_clusters
 from train.evidence.methods import METHODS, in_order
+from train.evidence.stand_in import make_untrained
 from vision_moe import CLIPMoEModel, InputError, ffn_state_dict, load
 
 CLAIMS = {
@@ -131,6 +134,24 @@ def test_cells_side_by_side_find_the_same(
     for name, cell in found.items():
         assert cell["test"] == alone[name]["test"]
     assert list((tmp_path / "out").glob("worker-*.log"))
+
+
+def test_stand_in_learns_from_text_once(base: Path, tmp_path: Path) -> None:
+    options = EvidenceOptions(
+        out=str(tmp_path), base=str(base), num_text_scenes=8,
+        overrides={"evidence_llm": ["batch_rows=4"]},
+    )  # fmt: skip
+    train_language_model(options)
+    folder = Path(language_model(options))
+    written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    trained, tokenizer = load_llm(os.fspath(folder))
+    make_untrained(tmp_path / "untrained", 1000)
+    untrained, _ = load_llm(os.fspath(tmp_path / "untrained"))
+    assert tokenizer.chat_template
+    words = untrained.get_input_embeddings().weight
+    assert not torch.equal(trained.get_input_embeddings().weight[: len(words)], words)
+    train_language_model(options)
+    assert written == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def test_cells_with_another_configuration_are_refused(

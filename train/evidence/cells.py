@@ -3,10 +3,12 @@ again once whole."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from train.config import load_recipe
 from train.contrastive import LOG_FILE
 from train.dmu import EXPERT_FILE
 from train.evidence.methods import ALL, METHODS
-from train.evidence.stand_in import make_stand_in
+from train.evidence.stand_in import make_untrained, take_language_model, write_questions
 from train.experts import load_expert
 from train.recipe import ContrastiveRecipe, InstructionRecipe, Recipe, UpcycleRecipe
 from train.stages import Stage, fingerprint_of
@@ -54,6 +56,7 @@ class EvidenceOptions:
         mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
         base: Folder of a CLIP to start from; without, the recipe ``evidence_base`` trains one.
         llm: ``stand_in`` (:mod:`train.evidence.stand_in`), ``embedded`` (SmolLM2) or a folder.
+        num_text_scenes: Whose captions and questions the stand-in learns from.
         splits: The first is what claims rest on. To choose by: ``[validation]``.
         num_pairs: Scenes of each split, candidates of the retrieval.
         num_questions: By task.
@@ -68,6 +71,7 @@ class EvidenceOptions:
     mllm_methods: tuple[str, ...] = ("dense", "direct_ffn", "dmu")
     base: str | None = None
     llm: str = "stand_in"
+    num_text_scenes: Annotated[int, Gt(0)] = 16_000
     splits: tuple[Split, ...] = ("test", "compositional")
     num_pairs: Annotated[int, Gt(1)] = 2000
     num_questions: dict[str, int] = field(
@@ -159,7 +163,7 @@ class Cell:
         paths = {
             "out": self.folder / "mllm",
             "tower": self.clip,
-            "llm": language_model(self.options, self.seed),
+            "llm": language_model(self.options),
             "seed": self.seed,
         }
         run_recipe(_load("evidence_mllm", InstructionRecipe, self.options, paths))
@@ -225,21 +229,43 @@ def prepare(options: EvidenceOptions) -> None:
     if options.base is None:
         paths = {"out": base_folder(options), "seed": _BASE_SEED}
         run_recipe(_load("evidence_base", ContrastiveRecipe, options, paths))
-    for seed in options.seeds if options.mllm_methods else ():
-        language_model(options, seed)
+    if options.mllm_methods:
+        train_language_model(options)
 
 
-def language_model(options: EvidenceOptions, seed: int) -> str:
-    """The name or folder that a recipe gets; the stand-in of a seed is made once."""
+def language_model(options: EvidenceOptions) -> str:
+    """The name or folder that a recipe gets."""
     if options.llm != "stand_in":
         return options.llm
-    folder = Path(options.out) / f"stand_in-{seed}"
-    stages.run(Stage("stand-in language model", folder, {"seed": seed}), _make_stand_in(seed))
-    return os.fspath(folder)
+    return os.fspath(Path(options.out) / "stand_in")
 
 
-def _make_stand_in(seed: int) -> Callable[[Path], None]:
-    return lambda folder: make_stand_in(folder, seed)
+def train_language_model(options: EvidenceOptions) -> None:
+    """Make the stand-in, one for all cells as a pretrained one is, unless another is given."""
+    if options.llm != "stand_in":
+        return
+    with tempfile.TemporaryDirectory() as name:
+        workspace = Path(name)
+        paths = {
+            "out": workspace / "mllm",
+            "llm": workspace / "untrained",
+            "tower": base_folder(options),
+            "data.0.path": workspace / "questions.jsonl",
+            "seed": _BASE_SEED,
+        }
+        recipe = _load("evidence_llm", InstructionRecipe, options, paths)
+        config = {**dataclasses.asdict(recipe), "num_text_scenes": options.num_text_scenes}
+        for key in ("out", "llm", "tower", "data"):
+            del config[key]
+
+        def make(folder: Path) -> None:
+            make_untrained(workspace / "untrained", _BASE_SEED)
+            write_questions(workspace / "questions.jsonl", options.num_text_scenes)
+            run_recipe(recipe)
+            take_language_model(workspace / "mllm", folder)
+
+        folder = Path(language_model(options))
+        stages.run(Stage("stand-in language model", folder, config), make)
 
 
 @lru_cache(maxsize=4)

@@ -1,26 +1,55 @@
-"""A small language model that knows no language yet, in place of a pretrained one.
+"""A small language model in place of a pretrained one.
 
-It learns the few hundred words of the questions together with the connector, within minutes on a
-processor; what it answers is thus up to what the tower shows it.
+It starts from random weights and learns, from text alone, to answer questions about a scene's
+caption, within minutes on a processor: it can then look up in words whatever a connector says.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mllm.chat_template import CHAT_TEMPLATES
 from mllm.easy_vqa import EasyVQA
+from mllm.model import load_mllm
 from mllm.scenes import ScenesDataset, SceneWorld
 
-_NUM_SCENES = 300
+_NUM_SCENES, _TEXT_SEED = 300, 3
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def make_stand_in(folder: Path, seed: int) -> None:
+def write_questions(path: Path, num_scenes: int) -> None:
+    """Conversations without a picture: its caption, then every question about it (JSONL)."""
+    scenes = ScenesDataset(SceneWorld(), "train", num_scenes, _TEXT_SEED)
+    numbers = tqdm(range(num_scenes), desc="writing questions", unit="scene", delay=2)
+    with path.open("w", encoding="utf-8") as lines:
+        for index in numbers:
+            scene = scenes[index]
+            turns: list[dict[str, str]] = []
+            for question in scene.questions:
+                asked = question.text if turns else f"{scene.detailed_caption}\n{question.text}"
+                turns.append({"from": "human", "value": asked})
+                turns.append({"from": "gpt", "value": question.answer})
+            lines.write(json.dumps({"conversations": turns}) + "\n")
+
+
+def take_language_model(mllm: Path, folder: Path) -> None:
+    """Write the language model of an MLLM, and the tokenizer, as a folder of its own."""
+    model, processor = load_mllm(mllm)
+    config = model.config.text_config
+    assert isinstance(config, LlamaConfig), "this module's own kind"
+    alone = LlamaForCausalLM(config)
+    alone.model.load_state_dict(model.model.language_model.state_dict())
+    alone.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+
+
+def make_untrained(folder: Path, seed: int) -> None:
     """Write the model, random weights, and its tokenizer."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
