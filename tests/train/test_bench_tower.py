@@ -15,6 +15,9 @@ def test_stage_is_measured_in_its_parts() -> None:
     assert 0 < sum(parts.values()) <= report.repeats[name][0]
     assert parts["features"] < parts["training"]           # no pass of its own
     assert report.ratios[f"{name} / plain fine-tuning"].goal == 1.05
+    (first,) = report.repeats["first DMU stage with its pass"]
+    assert first > report.repeats[name][0]                 # the pass is on top
+    assert report.ratios["first DMU stage with its pass / plain fine-tuning"].goal == 1.05
 
 
 def test_options_leave_parts_out() -> None:
