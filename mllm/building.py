@@ -19,6 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mllm.chat_template import IMAGE_TOKEN, multimodal_chat_template
 from mllm.connectors import STOCK, MoEMLP, num_output_tokens, upcycled_experts
+from mllm.mapped_files import release_file_pages
 from mllm.modeling import (
     ConnectorLlavaConfig,
     ConnectorLlavaForConditionalGeneration,
@@ -296,7 +297,9 @@ def _grow_vocabulary(language_model: Any, size: int) -> None:
     old_size = language_model.get_input_embeddings().num_embeddings
     if size <= old_size:
         return
+    old = language_model.get_input_embeddings().weight
     language_model.resize_token_embeddings(size, mean_resizing=False)
+    release_file_pages([old])  # the file stays mapped for the sake of the other weights
     tables = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
     with torch.no_grad():
         for table in tables:

@@ -2,7 +2,8 @@
 
 The same function as transformers' own block under bf16 autocast, in fewer passes over memory:
 
-weights    in bf16 once, not anew in every step; no weight has a gradient, no product computes one
+weights    in bf16 once, not anew in every step; no weight has a gradient, no product computes one;
+           what a mapped file holds of them in fp32 leaves the memory until it is used again
 norms      their gains stand in the weights behind them; what the backward pass keeps is bf16
 products   queries, keys and values are one, gate and up are one; so are their adapters
 attention  row by row (:mod:`train.row_attention`), behind a rotation in place of five passes
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from mllm.mapped_files import release_file_pages
 from train.row_attention import LineOfRows, attend
 
 _FORMAT = torch.bfloat16
@@ -106,6 +108,7 @@ class FrozenBlock:
         if self._weights is None or state != self._read:
             self._read, self._weights = state, None  # the old ones go first
             self._weights = _Weights(self.layer)
+            release_file_pages(one for one in own if one.dtype != _FORMAT)
         return self._weights
 
 

@@ -1,7 +1,9 @@
 """Frozen blocks on a CPU: the stock block's function, and nothing else of the model changes."""
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2Model
 
 import train.frozen_blocks
+from mllm.mapped_files import release_file_pages
 from train.frozen_blocks import FrozenBlock, use_frozen_blocks
 from train.instruction_data import PADDING, shared_prefix_mask
 from train.lora import inject_lora
@@ -162,3 +165,24 @@ def test_model_holds_the_same_weights_by_the_same_names(language_model: Any) -> 
     run(model)
     assert all(not isinstance(layer.forward.stock, FrozenBlock) for layer in model.layers)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_mapped_weights_leave_the_memory_and_stay_what_they_are(
+    language_model: Any, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(language_model.config)
+    config.intermediate_size = 512  # above a page
+    whole = type(language_model)(config)
+    whole.save_pretrained(tmp_path)
+    model = type(language_model).from_pretrained(tmp_path).model.requires_grad_(False)
+    use_row_attention(model)
+    use_frozen_blocks(model)
+    run(model)
+    weights = [layer.mlp.gate_proj.weight for layer in model.layers]
+    if sys.platform == "linux":
+        assert release_file_pages(weights) == 0  # they have gone already
+        weights[0].sum()
+        assert release_file_pages(weights) > 0
+    torch.testing.assert_close(
+        dict(model.state_dict()), dict(whole.model.state_dict()), rtol=0, atol=0
+    )
