@@ -139,7 +139,8 @@ def train_stage(
     sequential = recipe.method != "seeds" and recipe.clusters == "sequential"
     previous = _model_of(recipe, mcl[number - 1], base) if number and sequential else base
     workspace = Path(f"{mcl[number].folder}.labels-{mcl[number].fingerprint[:12]}")
-    labels, seconds = labels_of_stage(recipe, mcl, number, previous, pairs, seed, workspace)
+    labels, told = labels_of_stage(recipe, mcl, number, previous, pairs, seed, workspace)
+    seconds = told["seconds"]
     keeps = sequential and recipe.features == "training"
     kept = FeatureShards(workspace / "kept", len(pairs)) if keeps else None
     from_previous = sequential and recipe.stage_init == "previous" and previous is not base
@@ -171,7 +172,7 @@ def train_stage(
         num_processes=processes().num_processes,
         num_clusters=[] if labels is None else num_occupied_clusters(labels),
         skipped_pairs=pairs.skipped,
-        seconds=seconds,
+        **told,
         history=history,
     )
     tell_of_skipped(pairs.skipped, len(pairs), f"{mcl[number].folder / LOG_FILE}")
@@ -259,7 +260,8 @@ def _assemble(
         parameters += [p for layer in layers.values() for p in layer.experts.parameters()]
     left_out = _skipped(pairs)
     if mcl and (mcl[-1].folder / LABEL_FILE).is_file():
-        left_out = np.flatnonzero((read_labels(mcl[-1].folder / LABEL_FILE) < 0).any(axis=1))
+        unlabelled = np.flatnonzero((read_labels(mcl[-1].folder / LABEL_FILE) < 0).any(axis=1))
+        left_out = np.union1d(left_out, unlabelled)
     history: list[dict[str, float]] = []
     if parameters:
         history = train_contrastive(

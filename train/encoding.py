@@ -36,12 +36,17 @@ def encode_all(model: CLIPMoEModel, pairs: Pairs, precision: Precision) -> tuple
 
 
 def encode_to_shards(
-    model: CLIPMoEModel, pairs: Pairs, precision: Precision, folder: Path
+    model: CLIPMoEModel,
+    pairs: Pairs,
+    precision: Precision,
+    folder: Path,
+    sample: np.ndarray | None = None,
 ) -> FeatureShards:
-    """Features of all pairs, each process encoding its share of the shards that are missing; of
-    shards that have been put together by and by, the rows that have not come."""
+    """Features of all pairs, or of the ascending numbers of a ``sample``, each process encoding its
+    share of the shards that are missing; of shards that have been put together by and by, the rows
+    that have not come."""
     state = processes()
-    shards = FeatureShards(folder, len(pairs))
+    shards = FeatureShards(folder, len(pairs) if sample is None else len(sample), sample)
     missing = [shard for shard in range(shards.num_shards) if not shards.is_whole(shard)]
     state.wait_for_everyone()  # all look before one writes
     mine = missing[state.process_index :: state.num_processes]

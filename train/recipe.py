@@ -159,10 +159,12 @@ class UpcycleRecipe(Recipe):
     cluster_modality: Literal["both", "image", "text"] = "both"
     """Whose features are clustered."""
     features: Literal["pass", "training"] = "training"
-    """What is clustered before a stage: the features that the model of the stage before had of each
-    pair when it last trained on it (``training``), which cost no pass over the pairs but before the
-    first stage, and over those that it did not see; or those of the trained model, in a ``pass`` of
-    their own, as in the paper."""
+    """What is clustered before a stage. ``training``: the features that the model of the stage
+    before had of each pair when it last trained on it, which cost a pass over those pairs alone
+    that it did not see. Before the first stage: the base's features of one pair in 32, but at least
+    some hundreds and at most 16,384; to their clusters the other pairs go by the words of their
+    captions. ``pass``: the features of the model of the stage before, or the base, in a pass over
+    all pairs before each stage, as in the paper."""
     clusters: Literal["sequential", "parallel"] = "sequential"
     """``sequential``: each stage clusters anew and refines the clusters before. ``parallel``
     (CLIP-FMoE): the base's features are clustered once, in one modality, and each stage trains on

@@ -6,6 +6,7 @@ Importing the package registers its classes with transformers' Auto* classes.
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification
 
 from vision_moe import diagnostics, routing_survey
+from vision_moe.caption_labels import CaptionLabels
 from vision_moe.caption_sets import CaptionSet, read_caption_set
 from vision_moe.checkpoint import empty_model, load, read_config, save
 from vision_moe.clustering import accumulate_labels, num_occupied_clusters, stage_labels
@@ -84,6 +85,7 @@ __all__ = [
     "CLIPMoEVisionConfig",
     "CLIPMoEVisionModel",
     "CLIPMoEVisionOutput",
+    "CaptionLabels",
     "CaptionSet",
     "ClassFolder",
     "ClusterBatchSampler",

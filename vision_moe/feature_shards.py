@@ -29,10 +29,13 @@ class FeatureShards:
     Args:
         folder: Is made by the first shard.
         num_pairs: M.
+        sample: Numbers of the pairs, ascending, where they are M of more; 0 to M - 1 by default.
     """
 
-    def __init__(self, folder: Path, num_pairs: int) -> None:
+    def __init__(self, folder: Path, num_pairs: int, sample: np.ndarray | None = None) -> None:
+        assert sample is None or len(sample) == num_pairs
         self.folder = folder
+        self.sample = sample
         self.num_pairs = num_pairs
         # Many shards even of few pairs: each is the work of one process.
         self.rows = min(_MAX_ROWS, max(_MIN_ROWS, -(-num_pairs // _MANY)))
@@ -41,7 +44,8 @@ class FeatureShards:
 
     def numbers(self, shard: int) -> np.ndarray:
         """Of the pairs in a shard."""
-        return np.arange(shard * self.rows, min((shard + 1) * self.rows, self.num_pairs))
+        rows = np.arange(shard * self.rows, min((shard + 1) * self.rows, self.num_pairs))
+        return rows if self.sample is None else self.sample[rows]
 
     def is_whole(self, shard: int) -> bool:
         return self._skipped_file(shard).is_file()
@@ -49,20 +53,22 @@ class FeatureShards:
     def put(self, numbers: np.ndarray, image: np.ndarray, text: np.ndarray) -> None:
         """Keep features of some pairs, in any order, until their shards are written.
 
-        Of one process's; what is put again replaces what was.
+        Of one process's, and not of a sample; what is put again replaces what was.
 
         Args:
             numbers: ``(n,)``, of the pairs.
             image: ``(n, D)``, of any norm.
             text: ``(n, D)``.
         """
-        shard = numbers // self.rows
+        assert self.sample is None
+        order = numbers.argsort(kind="stable")
+        shards, starts = np.unique(numbers[order] // self.rows, return_index=True)
+        parts = np.split(order, starts[1:])
         for name, features in (("image", image), ("text", text)):
             unit = _unit(features).astype(np.float16)
-            for number in np.unique(shard).tolist():
-                of_shard = shard == number
-                rows = self._kept(name, number, features.shape[1])
-                rows[numbers[of_shard] % self.rows] = unit[of_shard]
+            for shard, part in zip(shards.tolist(), parts, strict=True):
+                rows = self._kept(name, shard, features.shape[1])
+                rows[numbers[part] % self.rows] = unit[part]
 
     def kept(self, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
         """What has been put of a shard: image and text features ``(R, D)``, zeros where nothing
