@@ -62,13 +62,14 @@ class FeatureShards:
         """
         assert self.sample is None
         order = numbers.argsort(kind="stable")
-        shards, starts = np.unique(numbers[order] // self.rows, return_index=True)
-        parts = np.split(order, starts[1:])
+        shard, row = np.divmod(numbers[order], self.rows)
+        shards, starts = np.unique(shard, return_index=True)
+        bounds = [*starts.tolist(), len(numbers)]
+        parts = [*zip(shards.tolist(), bounds[:-1], bounds[1:], strict=True)]
         for name, features in (("image", image), ("text", text)):
-            unit = _unit(features).astype(np.float16)
-            for shard, part in zip(shards.tolist(), parts, strict=True):
-                rows = self._kept(name, shard, features.shape[1])
-                rows[numbers[part] % self.rows] = unit[part]
+            unit = _unit(features[order]).astype(np.float16)
+            for number, start, end in parts:
+                self._kept(name, number, unit.shape[1])[row[start:end]] = unit[start:end]
 
     def kept(self, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
         """What has been put of a shard: image and text features ``(R, D)``, zeros where nothing
@@ -148,7 +149,7 @@ class FeatureShards:
             except OSError as error:
                 reason = error.strerror or error
                 raise InputError(f"{file}: cannot be written ({reason})") from error
-            self._open[name, shard] = rows
+            self._open[name, shard] = np.asarray(rows)  # still mapped, and faster to index
         return self._open[name, shard]
 
     def _kept_file(self, name: str, shard: int) -> Path:
