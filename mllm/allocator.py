@@ -49,3 +49,12 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 64 << 20)
+
+
+def hand_back_freed_memory() -> None:
+    """What lies free between what is in use, once: in between loading a model and training it.
+
+    Where nothing that training asks for fits into a hole, the hole takes no memory then.
+    """
+    if _mallopt() is not None:
+        ctypes.CDLL(None).malloc_trim(0)

@@ -297,7 +297,7 @@ def _grow_vocabulary(language_model: Any, size: int) -> None:
     old_size = language_model.get_input_embeddings().num_embeddings
     if size <= old_size:
         return
-    old = language_model.get_input_embeddings().weight
+    old = language_model.get_input_embeddings().weight.detach()
     language_model.resize_token_embeddings(size, mean_resizing=False)
     release_file_pages([old])  # the file stays mapped for the sake of the other weights
     tables = (language_model.get_input_embeddings(), language_model.get_output_embeddings())

@@ -8,6 +8,7 @@ pretrain      captions; a frozen tower of ViT-B/16's size, 196 tokens, and SmolL
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from mllm.llm import load_llm
-from mllm.model import build_llava, load_mllm
+from mllm.model import build_llava, load_mllm, load_vision_tower
 from mllm.scenes import ScenesDataset, SceneWorld
 from train.recipe import (
     ConnectorTraining,
@@ -99,7 +100,7 @@ def bench_model(
         return load_mllm(checkpoint)
     shape = _TOWERS[part]
     torch.manual_seed(0)
-    tower = CLIPVisionModel(
+    tower: Any = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=shape["width"],
             intermediate_size=4 * shape["width"],
@@ -109,6 +110,9 @@ def bench_model(
             patch_size=16,
         )
     )
+    with tempfile.TemporaryDirectory() as folder:
+        tower.save_pretrained(folder)
+        tower = load_vision_tower(folder)  # mapped, as one that was trained would be
     side = shape["image_size"]
     image_processor: Any = CLIPImageProcessor(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}

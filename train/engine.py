@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from mllm.allocator import hand_back_freed_memory
 from train import checkpoints
 from train.checkpoints import Content
 from train.instruction_data import only_item
@@ -330,6 +331,7 @@ def fit(
     # Not as an argument: under FSDP the Trainer takes none, but FSDP2 spreads one that it has.
     trainer.optimizer, trainer.lr_scheduler = optimizer, scheduler
     trainer.remove_callback(PrinterCallback)
+    hand_back_freed_memory()
     with _quiet_libraries(), closing(progress):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -267,6 +267,7 @@ def _largest_batch(
         "row_lengths": torch.full((recipe.batch_rows,), length),
         "label_positions": torch.zeros(labels, dtype=torch.int64),
         "labels": torch.zeros(labels, dtype=torch.int64),
+        "read_tokens": torch.zeros(labels, dtype=torch.int64),
         **pictures(range(recipe.batch_rows)),
     }
 

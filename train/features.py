@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mllm.cache import cache_dir
+from mllm.mapped_files import release_file_pages
 from train.feature_files import FeatureFiles
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class TowerFeatures:
         }
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         folder = (cache or cache_dir()) / "features" / key
+        release_file_pages(tower.parameters())
         self._files = FeatureFiles(folder, self._shape, dtype)
         self._keeps = True
 
@@ -108,6 +110,8 @@ class TowerFeatures:
                 for name, entry in zip(some, encoded, strict=True):
                     features[missing[name]] = entry
                 bar.update(len(some))
+        if names:  # a training step has no use for the tower, and needs the memory
+            release_file_pages(self.tower.parameters())
         return features
 
     def read_ahead(self, image_keys: Sequence[int]) -> None:

@@ -9,12 +9,12 @@ products   queries, keys and values are one, gate and up are one; so are their a
 attention  row by row (:mod:`train.row_attention`), behind a rotation in place of five passes
 SwiGLU     keeps its two inputs, and computes the rest again
 
-Adapters (LoRA) train inside of it. T tokens, D width, F width inside the MLP.
+Adapters (LoRA) train inside of it. T tokens, M that are read of the last block, D width, F width
+inside the MLP.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,10 +28,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from mllm.mapped_files import release_file_pages
 from train.row_attention import LineOfRows, attend
+from train.sharding import weights_are_spread
 
 _FORMAT = torch.bfloat16
 _KNOWN = (LlamaDecoderLayer, Qwen2DecoderLayer)
-_SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 def use_frozen_blocks(language_model: PreTrainedModel) -> None:
@@ -42,17 +42,19 @@ def use_frozen_blocks(language_model: PreTrainedModel) -> None:
     layers: Any = language_model.layers
     for layer in layers:
         if type(layer) in _KNOWN and not isinstance(layer.forward, FrozenBlock):
-            layer.forward = FrozenBlock(layer)
+            layer.forward = FrozenBlock(layer, is_last=layer is layers[-1])
 
 
 class FrozenBlock:
     """Stands for ``forward`` of a block.
 
-    Its weights are read when it is first called, and anew when they have changed since.
+    Its weights are read when it is first called, and anew when they have changed since. The last
+    block's output is 0 where nobody reads it.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, is_last: bool = False) -> None:
         self.layer = layer
+        self.is_last = is_last
         self.stock: Callable[..., Tensor] = layer.forward
         self._read: tuple[Any, ...] = ()
         self._weights: _Weights | None = None
@@ -92,10 +94,16 @@ class FrozenBlock:
         x = hidden_states[0].float()
         heads = weights.heads(_norm(x, eps)).unflatten(-1, (-1, cos.shape[-1]))  # (T, H + 2 K, d)
         heads = _Rotate.apply(heads, num_heads, cos, sin)
-        mixed = attend(heads, num_heads, rows, attention.scaling)                # (T, H, d)
-        x = x + weights.output(mixed.flatten(1))
+        mixed = attend(heads, num_heads, rows, attention.scaling).flatten(1)     # (T, H d)
+        read = rows.read if self.is_last else None
+        if read is not None:
+            x, mixed = x.index_select(0, read), mixed.index_select(0, read)      # of M tokens
+        x = x + weights.output(mixed)
         inner = _SwiGLU.apply(weights.gate_and_up(_norm(x, eps)))                # (T, F)
-        return (x + weights.down(inner))[None]
+        x = x + weights.down(inner)
+        if read is not None:
+            x = torch.zeros_like(hidden_states[0], dtype=x.dtype).index_copy(0, read, x)
+        return x[None]
 
     def _current_weights(self) -> _Weights | None:
         """``None`` of a block that is not of the kind."""
@@ -126,7 +134,7 @@ def _suits(layer: Any) -> bool:
             for name, parameter in layer.named_parameters()
         )
         # Weights that processes share are whole only while the stock block reads them.
-        and not any(os.environ.get(name) == "true" for name in _SHARDED)
+        and not weights_are_spread()
     )
 
 

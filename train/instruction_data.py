@@ -47,7 +47,8 @@ def collate(rows: Sequence[Row], pictures: Pictures, pad_token_id: int) -> dict[
     Returns:
         ``input_ids``, ``position_ids``, ``branch_ids`` ``(B, L)``; ``row_lengths`` ``(B,)``;
         ``token_places`` ``(T,)``, all but padding, and ``label_positions`` ``(M,)``, counted
-        through the flattened ``(B * L)``; ``labels`` ``(M,)``; what ``pictures`` gives, in the
+        through the flattened ``(B * L)``; ``labels`` ``(M,)``; ``read_tokens``, those that have a
+        label to predict, each once, counted through the ``T``; what ``pictures`` gives, in the
         order of the pictures' tokens: I of them, 0 where all rows are text.
     """
     length = max(len(row) for row in rows)
@@ -61,6 +62,8 @@ def collate(rows: Sequence[Row], pictures: Pictures, pad_token_id: int) -> dict[
     keys = [key for row in rows for key in row.image_keys]
     token_places = [number * length + np.arange(len(row)) for number, row in enumerate(rows)]
     label_positions = [number * length + row.label_positions for number, row in enumerate(rows)]
+    starts = np.cumsum([0, *(len(row) for row in rows)])
+    read = [s + row.label_positions for s, row in zip(starts, rows, strict=False)]
     return {
         "input_ids": padded("input_ids", pad_token_id),
         "position_ids": padded("position_ids", 0),
@@ -69,6 +72,7 @@ def collate(rows: Sequence[Row], pictures: Pictures, pad_token_id: int) -> dict[
         "row_lengths": torch.tensor([len(row) for row in rows]),
         "label_positions": torch.from_numpy(np.concatenate(label_positions)),
         "labels": torch.from_numpy(np.concatenate([row.labels for row in rows])),
+        "read_tokens": torch.from_numpy(np.unique(np.concatenate(read))),
         **pictures(keys),
     }
 
@@ -137,6 +141,7 @@ class BatchDataset(Dataset[dict[str, Tensor]]):
             **batch,
             "label_positions": batch["label_positions"][:0],
             "labels": batch["labels"][:0],
+            "read_tokens": batch["read_tokens"][:0],
         }
 
 

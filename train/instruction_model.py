@@ -47,6 +47,7 @@ class InstructionModel(nn.Module):
         row_lengths: Tensor,
         label_positions: Tensor,
         labels: Tensor,
+        read_tokens: Tensor,
         image_features: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
@@ -65,6 +66,7 @@ class InstructionModel(nn.Module):
             row_lengths: ``(B,)``, tokens of each row.
             label_positions: ``(M,)`` into the flattened ``(B * L)``.
             labels: ``(M,)``.
+            read_tokens: Those of the T that have a label to predict, each once.
             image_features: ``(I, N, V)``, in the order of the pictures' tokens; or
             pixel_values: ``(I, 3, H, W)``.
             image_sizes: ``(I', 2)``, heights and widths of pictures whose views, one after another,
@@ -95,7 +97,7 @@ class InstructionModel(nn.Module):
             inputs_embeds=embeddings,
             position_ids=position_ids.flatten()[token_places][None],
             attention_mask=bias,
-            rows=LineOfRows(token_places, bias, row_lengths),
+            rows=LineOfRows(token_places, bias, row_lengths, read_tokens),
             use_cache=False,
             **self.router_losses.llm_arguments,
         )
@@ -103,8 +105,8 @@ class InstructionModel(nn.Module):
         all_tokens = torch.ones_like(line, dtype=torch.bool)
         auxiliary = self.router_losses(watched, output, all_tokens, has_pictures)
         places_in_line = is_token.cumsum(0) - 1
-        predicting = output.last_hidden_state[0, places_in_line[label_positions]]  # (M, D)
-        total = summed_loss(self.llava.lm_head, predicting, labels)
+        hidden = output.last_hidden_state[0, places_in_line[label_positions]]     # (M, D)
+        total = summed_loss(self.llava.lm_head, hidden, labels)
         if auxiliary is not None:
             total = total + labels.numel() * auxiliary
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch

@@ -35,11 +35,14 @@ class LineOfRows:
         bias: ``(B, 1, L, L)``, 0 where the query (third) sees the key (fourth), else negative
             infinity, in the format that attention computes in.
         lengths: ``(B,)``, tokens of each row.
+        read: Numbers of the tokens, in the line, whose last hidden state somebody reads; all by
+            default.
     """
 
     token_places: Tensor
     bias: Tensor
     lengths: Tensor
+    read: Tensor | None = None
     _biases: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+_SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+def weights_are_spread() -> bool:
+    """Whether they are, once the run has begun; whole only while their own module runs."""
+    return any(os.environ.get(name) == "true" for name in _SHARDED)
 
 
 def name_units(model: nn.Module) -> None:

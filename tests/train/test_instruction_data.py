@@ -133,6 +133,16 @@ def test_loss_and_gradients_equal_those_of_separate_stock_sequences(
         assert difference <= 2e-5 * gradient.abs().max(), name
 
 
+def test_read_tokens_are_those_that_labels_are_at(
+    mllm: Any, prompts: ChatPrompts, limits: RowLimits
+) -> None:
+    model, processor = mllm
+    rows = [chat_row(sample, prompts, limits) for sample in [*SAMPLES, TEXT_ONLY]]
+    batch = collate(rows, features_of(model, processor), pad_token_id=2)
+    in_rows = batch["token_places"][batch["read_tokens"]]
+    assert in_rows.tolist() == sorted(set(batch["label_positions"].tolist()))
+
+
 def test_loss_of_many_labels_is_that_of_few_at_a_time(
     mllm: Any, prompts: ChatPrompts, limits: RowLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
