@@ -79,7 +79,8 @@ def assert_same_run(
     assert [log["num_processes"] for log in logs] == [1, num_processes]
     assert [log["steps"] for log in logs] == [3, 3]
     for a, b in zip(logs[0]["history"], logs[1]["history"], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+        # Measured worst: 1.8e-6 of 6.9, where fp32 numbers are 5e-7 apart.
+        assert a["loss"] == pytest.approx(b["loss"], abs=3e-6)
         assert a["balance_loss"] == pytest.approx(b["balance_loss"], abs=1e-6)
     one, two = (load_mllm(folder)[0].state_dict() for folder in (alone, folder))
     for name, tensor in one.items():
