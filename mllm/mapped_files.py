@@ -7,8 +7,10 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 from torch import Tensor, nn
 
 # <sys/mman.h>, and what Linux says of a page in /proc/PID/pagemap
@@ -32,6 +34,17 @@ def release_file_pages(tensors: Iterable[Tensor]) -> int:
         return sum(_release(tensor, pagemap) for tensor in tensors)
     finally:
         os.close(pagemap)
+
+
+def holds_fp32(folder: Path) -> bool:
+    """Whether a checkpoint is mapped as it is when it is loaded in fp32."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            names = tensors.keys()
+            if any(tensors.get_slice(name).get_dtype() != "F32" for name in names):
+                return False
+    return bool(files)
 
 
 def _release(tensor: Tensor, pagemap: int) -> int:

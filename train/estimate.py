@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,7 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.allocator import heap_holes
+from mllm.llm import EMBEDDED_LLM, embedded_llm_folder
+from mllm.mapped_files import holds_fp32
 from train.fake import PeakMemory, to_fake
+from train.frozen_blocks import FrozenBlock
 from train.instruction import RunPlan, build_rows, optimizer_of, plan_run, training_module
 from train.instruction_data import collate
 from train.instruction_rows import Row
@@ -171,6 +175,7 @@ def estimate_step(
             for value in one.values()
             if isinstance(value, Tensor)
         )
+    given_back = _given_back(recipe, model) if device.type == "cpu" else 0
     flops = counter.get_total_flops() // 2
     steps = plan.steps if plan else None
     seconds = None
@@ -179,7 +184,7 @@ def estimate_step(
         tokens = sum(len(rows[row]) for one in plan.batches for row in one)
         seconds = flops * tokens / max(1, largest) / speed
     return Estimate(
-        weights=weights - packed,
+        weights=weights - packed - given_back,
         gradients=gradients,
         optimizer=state,
         activations=memory.peak - gradients - state,
@@ -233,6 +238,26 @@ def _saved_by_four_bits(recipe: InstructionRecipe, model: Any) -> int:
     ]
     saved = sum(one.numel() * (one.element_size() - _NF4_BYTES) for one in weights)
     return int(saved - max(_size(one) for one in weights))
+
+
+def _given_back(recipe: InstructionRecipe, model: Any) -> int:
+    """Bytes of frozen weights that a step does not read, and that their files have."""
+    if recipe.llm_quantization != "none" or recipe.frozen_precision != "fp32":
+        return 0
+    unread: list[Tensor] = []
+    if _is_mapped(recipe.init_from or recipe.llm):
+        blocks = [layer.forward for layer in model.model.language_model.layers]
+        unread += [w for one in blocks if isinstance(one, FrozenBlock) for w in one.replaced]
+    tower = recipe.tower or recipe.init_from
+    if not recipe.trainable.tower_trains and tower is not None and _is_mapped(tower):
+        unread += model.model.vision_tower.parameters()
+    return sum(map(_size, unread))
+
+
+def _is_mapped(name: str) -> bool:
+    """Of what is not here nothing is known, and more is better expected."""
+    embedded = name in ("embedded", EMBEDDED_LLM)
+    return holds_fp32(embedded_llm_folder() if embedded else Path(name))
 
 
 def _largest_batch(

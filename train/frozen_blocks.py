@@ -111,13 +111,20 @@ class FrozenBlock:
             self._read, self._weights = (), None
             return None
         layers = _linear_layers(self.layer)
-        own = [one for name, one in self.layer.named_parameters() if ".lora_" not in name]
-        state = (*map(id, layers), *((id(one), one._version) for one in own))
+        state = (*map(id, layers), *((id(one), one._version) for one in self._own()))
         if self._weights is None or state != self._read:
             self._read, self._weights = state, None  # the old ones go first
             self._weights = _Weights(self.layer)
-            release_file_pages(one for one in own if one.dtype != _FORMAT)
+            release_file_pages(self.replaced)
         return self._weights
+
+    @property
+    def replaced(self) -> list[Tensor]:
+        """Weights of the layer that nothing reads while this stands for it."""
+        return [one for one in self._own() if self._weights is not None and one.dtype != _FORMAT]
+
+    def _own(self) -> list[Tensor]:
+        return [one for name, one in self.layer.named_parameters() if ".lora_" not in name]
 
 
 def _suits_rows(rows: LineOfRows | None) -> bool:

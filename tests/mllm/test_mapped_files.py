@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mllm.mapped_files import release_file_pages
+from mllm.mapped_files import holds_fp32, release_file_pages
 
 _SIZE = 1 << 20
 
@@ -42,3 +42,11 @@ def test_weights_without_a_file_are_kept() -> None:
     tensor = torch.arange(_SIZE, dtype=torch.float32)
     assert release_file_pages([tensor, torch.zeros(_SIZE), torch.zeros(3)]) == 0
     assert torch.equal(tensor, torch.arange(_SIZE, dtype=torch.float32))
+
+
+def test_only_fp32_files_are_mapped_as_they_are(tmp_path: Path) -> None:
+    assert not holds_fp32(tmp_path)
+    mapped(tmp_path)
+    assert holds_fp32(tmp_path)
+    save_file({"y": torch.zeros(3, dtype=torch.bfloat16)}, tmp_path / "y.safetensors")
+    assert not holds_fp32(tmp_path)
