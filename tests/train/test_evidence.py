@@ -80,7 +80,9 @@ def test_every_cell_has_its_figures(finished: Path) -> None:
         assert cell["test"].keys() >= {I2T, T2I, "color", "zero_shot"}
         assert cell["compositional"].keys() >= {I2T, T2I}
     assert cells["dmu-1"]["scenes"].keys() >= {"accuracy"}
-    assert "scenes" not in cells["sparse-0"]
+    assert "scenes" not in cells["sparse-0"] and "readers" not in cells["sparse-0"]
+    readers = cells["dmu-1"]["readers"]
+    assert readers and all(0 <= one <= 1 for fact in readers.values() for one in fact.values())
 
 
 def test_experts_are_diagnosed_for_each_seed(finished: Path) -> None:

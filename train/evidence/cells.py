@@ -30,6 +30,7 @@ from train.config import load_recipe
 from train.contrastive import LOG_FILE
 from train.dmu import EXPERT_FILE
 from train.evidence.methods import ALL, METHODS
+from train.evidence.readers import read_facts
 from train.evidence.stand_in import make_untrained, take_language_model, write_questions
 from train.experts import load_expert
 from train.recipe import ContrastiveRecipe, InstructionRecipe, Recipe, UpcycleRecipe
@@ -108,6 +109,7 @@ class Cell:
         for split in self.options.splits:
             self.measure(split)
         if self.method in self.options.mllm_methods:
+            self.read_tokens()
             self.tune_mllm()
             for task in self.options.num_questions:
                 self.ask(task)
@@ -157,6 +159,20 @@ class Cell:
         hits = measure_clip(load(self.clip), scenes).hits
         save_file({name: hit.astype(np.uint8) for name, hit in hits.items()}, folder / _HITS)
         _write(folder / _SCORES, {name: float(hit.mean()) for name, hit in hits.items()})
+
+    def read_tokens(self) -> None:
+        """What an MLLM could find in the tower's tokens."""
+        config = {"num_pairs": self.options.num_pairs, "seed": self.seed,
+                  "split": self.options.splits[0]}  # fmt: skip
+        stage = Stage("readers", self.folder / "readers", config, [fingerprint_of(self.clip)])
+        stages.run(stage, self._read_tokens)
+
+    def _read_tokens(self, folder: Path) -> None:
+        num_scenes = self.options.num_pairs
+        facts = read_facts(
+            load(self.clip), self.options.splits[0], 2 * num_scenes, num_scenes, self.seed
+        )
+        _write(folder / _SCORES, facts)
 
     def tune_mllm(self) -> None:
         """The same language model, connector, data, steps and seed for each tower."""
@@ -214,6 +230,7 @@ class Cell:
             found["num_clusters"] = [one["num_clusters"] for one in content.get("stages", [])]
             found["router_change"] = content.get("router_change", {})
         if self.method in self.options.mllm_methods:
+            found["readers"] = _read(self.folder / "readers" / _SCORES)
             for task in self.options.num_questions:
                 found[task] = _read(self.folder / task / _SCORES)["metrics"]
         return found

@@ -27,6 +27,9 @@ def tables(evidence: Mapping[str, Any]) -> str:
     parts += [(f"Questions answered, {task}, %", vqa_table(cells, task))
               for task in evidence["config"]["num_questions"]
               if any(task in cell for cell in cells.values())]  # fmt: skip
+    if readers := {name: cell for name, cell in cells.items() if "readers" in cell}:
+        parts.append((f"Facts read from the tower's tokens by linear classifiers, {splits[0]}, %",
+                      readers_table(readers)))  # fmt: skip
     if evidence["experts"]:
         experts = list(evidence["experts"].values())
         parts.append(("DMU's experts: from the best one to any one, R@1, %", oracle_table(experts)))
@@ -81,6 +84,18 @@ def vqa_table(cells: Cells, task: str) -> str:
     keys = ["accuracy", *(key for key in keys if key.startswith("accuracy"))]
     columns = [(key.removeprefix("accuracy_"), _of(task, _value(key))) for key in keys]
     return _by_method(asked, columns)
+
+
+def readers_table(cells: Cells) -> str:
+    rows = []
+    for method in ALL:
+        found = [cell["readers"] for cell in seeds_of(cells, method)]
+        for tokens, said in (("cls", "class token"), ("patches", "patches")):
+            if found:
+                scores = [[one.get(fact, {}).get(tokens, math.nan) for one in found]
+                          for fact in FACTORS]  # fmt: skip
+                rows.append([f"{ALL[method].title}: {said}", *map(_mean, scores)])
+    return markdown(["", *FACTORS], rows)
 
 
 def oracle_table(experts: Sequence[Mapping[str, Any]]) -> str:
