@@ -45,10 +45,10 @@ METHODS: dict[str, Method] = {
     "low_rank": Method("CLIP-MoE, low-rank experts", ("experts=low_rank",)),
 }  # fmt: skip
 
-#: One thing of DMU changed at a time.
+#: One thing of DMU changed at a time; the steps of all stages together stay the same.
 ABLATIONS: dict[str, Method] = {
-    "experts_2": Method("2 experts", ("num_experts=2",)),
-    "experts_8": Method("8 experts", ("num_experts=8",)),
+    "experts_2": Method("2 experts", ("num_experts=2", "stage.steps=360")),
+    "experts_8": Method("8 experts", ("num_experts=8", "stage.steps=51")),
     "top_1": Method("top-1", ("top_k=1",), stages_of="dmu"),
     "clusters_2": Method("K = 2", ("num_clusters=2",)),
     "clusters_3": Method("K = 3", ("num_clusters=3",)),
