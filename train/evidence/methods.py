@@ -25,6 +25,9 @@ class Method:
     trains: bool = True
 
 
+# Muon's steps are of full rank, whatever the gradient's: it is not for factors of low rank.
+_LOW_RANK = ("experts=low_rank", "stage.optimizer=adamw", "stage.lr=3.0e-3")
+
 #: The methods of the claims.
 METHODS: dict[str, Method] = {
     "dense": Method("dense base", trains=False),
@@ -42,7 +45,7 @@ METHODS: dict[str, Method] = {
     ),
     "uniform": Method("DMU, all experts evenly", ("router.kind=uniform",), stages_of="dmu"),
     "top_4": Method("CLIP-MoE (DMU), top-4", ("top_k=4",), stages_of="dmu"),
-    "low_rank": Method("CLIP-MoE, low-rank experts", ("experts=low_rank",)),
+    "low_rank": Method("CLIP-MoE, low-rank experts", (*_LOW_RANK, "rank=64")),
 }  # fmt: skip
 
 #: One thing of DMU changed at a time; the steps of all stages together stay the same.
@@ -57,7 +60,8 @@ ABLATIONS: dict[str, Method] = {
     "second_half": Method(
         "second half of the blocks", ("vision_blocks=second_half", "text_blocks=second_half")
     ),
-    "rank_8": Method("low-rank experts, rank 8", ("experts=low_rank", "rank=8")),
+    "rank_8": Method("low-rank experts, rank 8", (*_LOW_RANK, "rank=8")),
+    "rank_32": Method("low-rank experts, rank 32", (*_LOW_RANK, "rank=32")),
     "router_lr_low": Method("router lr / 10", ("router.lr=1.0e-3",), stages_of="dmu"),
     "no_balance": Method("no balance loss", ("router.balance=0",), stages_of="dmu"),
 }
