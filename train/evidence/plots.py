@@ -118,7 +118,8 @@ def _questions(axes: Any, cells: Cells) -> None:
     names = [key.removeprefix("accuracy").removeprefix("_") or "all" for key in keys]
     axes.set_xticks(np.arange(len(keys)) + 0.4 - width / 2, names)
     axes.set_ylabel("answered, %; a line is a standard deviation")
-    axes.legend(fontsize=8)
+    axes.margins(y=0.15)
+    axes.legend(fontsize=8, loc="upper center", ncols=len(methods))
     axes.set_title("Questions about scenes, by tower")
 
 
