@@ -62,7 +62,7 @@ ABLATIONS: dict[str, Method] = {
     ),
     "rank_8": Method("low-rank experts, rank 8", (*_LOW_RANK, "rank=8")),
     "rank_32": Method("low-rank experts, rank 32", (*_LOW_RANK, "rank=32")),
-    "router_lr_low": Method("router lr / 10", ("router.lr=1.0e-3",), stages_of="dmu"),
+    "router_lr_low": Method("router lr / 3", ("router.lr=1.0e-3",), stages_of="dmu"),
     "no_balance": Method("no balance loss", ("router.balance=0",), stages_of="dmu"),
 }
 
