@@ -36,7 +36,7 @@ def tables(evidence: Mapping[str, Any]) -> str:
         parts.append(("Within the clusters of the stages before, R@1, %",
                       suppression_table(experts)))  # fmt: skip
         parts.append(("Without an expert, R@1, points", leave_one_out_table(experts)))
-        parts.append(("Routing of pictures, mean of blocks", routing_table(experts)))
+        parts.append(("Routing of pictures and captions, mean of blocks", routing_table(experts)))
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts) + "\n"
 
 
