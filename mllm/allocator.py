@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 # <malloc.h>
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 # Bytes that the heap takes beyond each byte that is in use, as what an operator needs for itself
 # lies between tensors that stay, and leaves holes there that the next one's do not fit into.
@@ -17,8 +17,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _HOLES = 0.15
 
 # oneDNN compiles kernels for every number of tokens that a step has, and keeps 1,024 of them by
-# default. Each new number took 18 MB of a run of SmolLM2, 0.3 GB within 14 steps.
-_KEPT_KERNELS = 256
+# default. Each new number took 18 MB of a run of SmolLM2, 0.3 GB within 14 steps. With 48
+# a step is a twentieth slower.
+_KEPT_KERNELS = 128
 
 
 def heap_holes(size: int) -> int:
@@ -46,6 +47,7 @@ def keep_freed_memory() -> None:
     mallopt = _mallopt()
     if mallopt is None:
         return
+    mallopt(_M_ARENA_MAX, 1)  # what one thread frees is the next one's
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 64 << 20)

@@ -46,8 +46,8 @@ class TrainOptions:
     parts: tuple[Part, ...] = PARTS
     checkpoint: str | None = None
     precision: Precision = "auto"
-    steps: Annotated[int, Gt(0)] = 2
-    repeats: Annotated[int, Gt(0)] = 5
+    steps: Annotated[int, Gt(0)] = 8
+    repeats: Annotated[int, Gt(0)] = 3
     accuracy_images: Annotated[int, Ge(0)] = 120
     test_questions: Annotated[int, Gt(0)] = 1000
     seed: Annotated[int, Ge(0)] = 0

@@ -10,14 +10,15 @@ n pictures, I of a batch, N tokens of a picture, V width of the tower.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -80,7 +81,7 @@ class TowerFeatures:
         }
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         folder = (cache or cache_dir()) / "features" / key
-        release_file_pages(tower.parameters())
+        release_file_pages(tower.parameters())  # which were read for the hash
         self._files = FeatureFiles(folder, self._shape, dtype)
         self._keeps = True
 
@@ -110,8 +111,6 @@ class TowerFeatures:
                 for name, entry in zip(some, encoded, strict=True):
                     features[missing[name]] = entry
                 bar.update(len(some))
-        if names:  # a training step has no use for the tower, and needs the memory
-            release_file_pages(self.tower.parameters())
         return features
 
     def read_ahead(self, image_keys: Sequence[int]) -> None:
@@ -126,7 +125,10 @@ class TowerFeatures:
         pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
         was_training = self.tower.training
         self.tower.eval()
-        with torch.autocast(weight.device.type, torch.bfloat16, enabled=self.bf16):
+        with (
+            torch.autocast(weight.device.type, torch.bfloat16, enabled=self.bf16),
+            _released_after_use(self.tower),
+        ):
             states = self.tower(
                 pixels.to(weight.device, weight.dtype), output_hidden_states=True
             ).hidden_states
@@ -146,6 +148,21 @@ class TowerFeatures:
                 "the tower's features are not kept from here on, which makes training slower: %s",
                 error,
             )
+
+
+@contextmanager
+def _released_after_use(tower: nn.Module) -> Iterator[None]:
+    """What a mapped file holds of each layer leaves the memory when the layer has run: a training
+    step has no use for the tower, and needs the memory."""
+    with ExitStack() as stack:
+        for module in tower.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_hook(_release).remove)
+        yield
+
+
+def _release(layer: nn.Module, *_: Any) -> None:
+    release_file_pages(layer.parameters(recurse=False))
 
 
 def tower_hash(tower: PreTrainedModel) -> str:

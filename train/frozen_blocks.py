@@ -16,6 +16,7 @@ inside the MLP.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from train.sharding import weights_are_spread
 
 _FORMAT = torch.bfloat16
 _KNOWN = (LlamaDecoderLayer, Qwen2DecoderLayer)
+_READING = Lock()  # threads share a block (train.row_threads)
 
 
 def use_frozen_blocks(language_model: PreTrainedModel) -> None:
@@ -43,6 +45,22 @@ def use_frozen_blocks(language_model: PreTrainedModel) -> None:
     for layer in layers:
         if type(layer) in _KNOWN and not isinstance(layer.forward, FrozenBlock):
             layer.forward = FrozenBlock(layer, is_last=layer is layers[-1])
+
+
+def runs_frozen_blocks(language_model: PreTrainedModel, rows: LineOfRows) -> bool:
+    """Whether all of its blocks run as :class:`FrozenBlock` with these rows."""
+    layers: Any = language_model.layers
+    return _suits_rows(rows) and all(
+        isinstance(layer.forward, FrozenBlock) and _suits(layer) for layer in layers
+    )
+
+
+def num_filling_tokens(num_tokens: int) -> int:
+    """How many, of no row, bring a line to a round length; less than one in 32.
+
+    oneDNN compiles its kernels anew for every length.
+    """
+    return -num_tokens % (1 << (num_tokens // 64).bit_length())
 
 
 class FrozenBlock:
@@ -67,7 +85,7 @@ class FrozenBlock:
         rows: LineOfRows | None = None,
         **options: Any,
     ) -> Tensor:
-        """``(1, T, D)`` in, the same out."""
+        """``(1, T, D)`` in, the same out; tokens after the last row's see and are seen by none."""
         weights = self._current_weights() if _suits_rows(rows) else None
         if weights is None or rows is None:
             return self.stock(
@@ -112,11 +130,12 @@ class FrozenBlock:
             return None
         layers = _linear_layers(self.layer)
         state = (*map(id, layers), *((id(one), one._version) for one in self._own()))
-        if self._weights is None or state != self._read:
-            self._read, self._weights = state, None  # the old ones go first
-            self._weights = _Weights(self.layer)
-            release_file_pages(self.replaced)
-        return self._weights
+        with _READING:
+            if self._weights is None or state != self._read:
+                self._read, self._weights = state, None  # the old ones go first
+                self._weights = _Weights(self.layer)
+                release_file_pages(self.replaced)
+            return self._weights
 
     @property
     def replaced(self) -> list[Tensor]:

@@ -5,17 +5,21 @@ model, H, W sides of a picture.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
 
 from mllm.tiles import pack_views
 from train.chunked_loss import summed_loss
-from train.frozen_blocks import use_frozen_blocks
+from train.frozen_blocks import num_filling_tokens, runs_frozen_blocks, use_frozen_blocks
 from train.instruction_data import PADDING, shared_prefix_mask
 from train.router_losses import RouterLosses, RouterSettings
 from train.row_attention import LineOfRows, use_row_attention
+from train.row_threads import run_in_threads
 
 
 class InstructionModel(nn.Module):
@@ -93,14 +97,8 @@ class InstructionModel(nn.Module):
             projected = pack_views(model, projected, image_sizes)
         embeddings = embeddings.masked_scatter(is_image, projected.to(embeddings.dtype))
         bias = _bias(shared_prefix_mask(branch_ids), embeddings.dtype)
-        output = model.language_model(
-            inputs_embeds=embeddings,
-            position_ids=position_ids.flatten()[token_places][None],
-            attention_mask=bias,
-            rows=LineOfRows(token_places, bias, row_lengths, read_tokens),
-            use_cache=False,
-            **self.router_losses.llm_arguments,
-        )
+        rows = LineOfRows(token_places, bias, row_lengths, read_tokens)
+        output = self._read_rows(embeddings, position_ids.flatten()[token_places][None], rows)
         has_pictures = len(image_features) > 0 and labels.numel() > 0
         all_tokens = torch.ones_like(line, dtype=torch.bool)
         auxiliary = self.router_losses(watched, output, all_tokens, has_pictures)
@@ -111,6 +109,34 @@ class InstructionModel(nn.Module):
             total = total + labels.numel() * auxiliary
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
+
+    def _read_rows(self, embeddings: Tensor, position_ids: Tensor, rows: LineOfRows) -> Any:
+        """The language model's output, of which ``last_hidden_state`` is ``(1, T, D)``."""
+        llm = self.llava.model.language_model
+
+        def read(line: Tensor, positions: Tensor, its_rows: LineOfRows) -> Any:
+            return llm(
+                inputs_embeds=line,
+                position_ids=positions,
+                attention_mask=its_rows.bias,
+                rows=its_rows,
+                use_cache=False,
+                **self.router_losses.llm_arguments,
+            )
+
+        if not runs_frozen_blocks(llm, rows):
+            return read(embeddings, position_ids, rows)
+
+        def read_part(part: Tensor, place: slice, its_rows: LineOfRows) -> Tensor:
+            extra = num_filling_tokens(part.shape[1])
+            line = F.pad(part, (0, 0, 0, extra))
+            positions = F.pad(position_ids[:, place], (0, extra))
+            hidden: Tensor = read(line, positions, its_rows).last_hidden_state
+            return hidden[:, : part.shape[1]]
+
+        trained = [one for one in llm.parameters() if one.requires_grad]
+        hidden = run_in_threads(read_part, embeddings, rows, trained)
+        return BaseModelOutput(last_hidden_state=hidden)  # type: ignore[arg-type]
 
     def checkpoint_blocks(self) -> None:
         """Let the language model's blocks be computed again in the backward pass."""

@@ -58,6 +58,29 @@ class LineOfRows:
             ]
         return self._biases[num_heads]
 
+    def parts(self, count: int) -> list[tuple[slice, LineOfRows]]:
+        """Rows in a row, as evenly by tokens as they can be split; with their place in the line.
+
+        Args:
+            count: Of parts; no more than there are rows.
+        """
+        ends = [0, *self.lengths.cumsum(0).tolist()]                   # of rows, in the line
+        length = self.bias.shape[-1]
+        parts, first = [], 0
+        for number in range(1, count + 1):
+            # Of the rows' ends that leave a row to every other part the one that is nearest.
+            can_end = range(first + 1, len(ends) - count + number)
+            last = min(can_end, key=lambda row: abs(ends[row] - ends[-1] * number / count))
+            start, stop = ends[first], ends[last]
+            rows, read = slice(first, last), self.read
+            if read is not None:
+                read = read[(read >= start) & (read < stop)] - start
+            places = self.token_places[start:stop] - first * length
+            part = LineOfRows(places, self.bias[rows], self.lengths[rows], read)
+            parts.append((slice(start, stop), part))
+            first = last
+        return parts
+
 
 def use_row_attention(language_model: PreTrainedModel) -> None:
     """Let a language model take ``rows``; without them it computes what it did before."""
@@ -122,13 +145,13 @@ def attend(
     """Plain products, row by row.
 
     Args:
-        heads: ``(T, H + 2 K, d)``: queries, keys, values.
+        heads: ``(T, H + 2 K, d)``: queries, keys, values; T may be more than the rows hold.
         num_heads: H.
         rows: Where they are in the line.
         scaling: Of the products; ``d ** -0.5`` by default.
 
     Returns:
-        ``(T, H, d)``.
+        ``(T, H, d)``, 0 after the last row.
     """
     scaling = heads.shape[-1] ** -0.5 if scaling is None else scaling
     # Outside of autocast, which would widen all of it: the sums inside are in fp32 anyway.
@@ -158,6 +181,7 @@ class _Attend(torch.autograd.Function):
             weights = scores.softmax(-1, dtype=torch.float32).to(heads.dtype)
             mixed[place] = _by_token(weights @ value, num_heads)
             kept.append(weights)
+        mixed[start:] = 0
         ctx.save_for_backward(heads, *kept)
         ctx.num_heads, ctx.scaling = num_heads, scaling
         return mixed
@@ -181,6 +205,7 @@ class _Attend(torch.autograd.Function):
             out[:, num_heads : num_heads + num_keys] = grad_key.transpose(0, 1)
             grad_value = weights.transpose(1, 2) @ grad_mixed
             out[:, num_heads + num_keys :] = grad_value.transpose(0, 1)
+        grad_heads[start:] = 0
         return grad_heads, None, None, None
 
 
