@@ -16,10 +16,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 # QLoRA, and less than nothing of a frozen one.
 _HOLES = 0.15
 
-# oneDNN compiles kernels for every number of tokens that a step has, and keeps 1,024 of them by
-# default. Each new number took 18 MB of a run of SmolLM2, 0.3 GB within 14 steps. With 48
-# a step is a twentieth slower.
-_KEPT_KERNELS = 128
+# For every number of tokens that a step has oneDNN compiles kernels, and ideep, between it and
+# PyTorch, sets up calls of them; each keeps 1,024 by default. Of SmolLM2 a new number took 24 MB,
+# 0.4 GB within 16 steps of conversations; with so few nothing, and a step as long as before.
+_KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 64}
 
 
 def heap_holes(size: int) -> int:
@@ -40,10 +40,11 @@ def keep_freed_memory() -> None:
     mapped anew and zeroed page by page, which takes a tenth and more of a small model's step.
     Where the C library is another one, nothing happens.
 
-    Of kernels that are compiled for a number of tokens fewer are kept than by default; before the
-    first of them.
+    Libraries are told to keep less of what they compile for each number of tokens; before they are
+    first used.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KEPT_KERNELS))
+    for name, number in _KEPT_KERNELS.items():
+        os.environ.setdefault(name, str(number))
     mallopt = _mallopt()
     if mallopt is None:
         return

@@ -94,12 +94,12 @@ def plan_batches(
             shown = np.array([rows.has_pictures(row) for row in drawn])
             kinds = [batches_of(drawn[shown]), batches_of(drawn[~shown])]
             batches = _by_steps(kinds, step_batches, -num_planned % step_batches, rng)
-        yield from _largest_first(batches, lengths, step_batches or 1) if epoch == 0 else batches
+        yield from largest_first(batches, lengths, step_batches or 1) if epoch == 0 else batches
         num_planned += len(batches)
         epoch += 1
 
 
-def _largest_first(
+def largest_first(
     batches: list[list[int]], lengths: np.ndarray, step_batches: int
 ) -> list[list[int]]:
     """By tokens with padding; two steps change places, and two batches within one."""

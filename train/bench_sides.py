@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from mllm.allocator import keep_freed_memory
 from mllm.evaluate import EvaluationConfig, evaluate_model
 from mllm.tasks import get_task
+from train.batch_plan import largest_first
 from train.bench_data import Part, bench_model, bench_recipe
 from train.bench_stock import StockCollator, stock_samples, train_stock
 from train.engine import RunSettings, fit
@@ -77,7 +78,8 @@ class Side:
         rng = np.random.default_rng(job.seed)
         recipe = self.recipe
         plan = plan_epoch(lengths, recipe.batch_rows, recipe.max_tokens_per_batch, rng)
-        self.batches = [batch for batch in plan if len(batch) == recipe.batch_rows]
+        whole = [batch for batch in plan if len(batch) == recipe.batch_rows]
+        self.batches = largest_first(whole, np.array(lengths), job.steps)  # as a run begins
         self.bf16 = use_bf16(job.precision)
         if name == "ours":
             self.pictures = tower_features(

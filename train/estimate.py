@@ -32,6 +32,7 @@ from train.instruction_sources import load_sources
 from train.planned_model import PlannedModel, even_routing, planned_model
 from train.precision import use_bf16
 from train.recipe import InstructionRecipe, Recipe
+from train.row_threads import in_one_thread
 from train.sources.base import InstructionData
 from train.starting_model import set_parts
 from vision_moe import InputError
@@ -154,7 +155,7 @@ def estimate_step(
     batch = _largest_batch(recipe, planned, rows, plan)
     counter: Any = FlopCounterMode(display=False)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-    with even_routing(), mode, PeakMemory() as memory, counter:
+    with even_routing(), in_one_thread(), mode, PeakMemory() as memory, counter:
         # Here, as it may keep weights in another format.
         wrapped = training_module(recipe, model, parts).train()
         inputs = {

@@ -10,8 +10,9 @@ T tokens of all rows, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -43,6 +44,17 @@ def run_in_threads(
         return function(line, slice(None), rows)
     output: Tensor = _InThreads.apply(function, line, rows.parts(count), *parameters)
     return output
+
+
+@contextmanager
+def in_one_thread() -> Iterator[None]:
+    """As what counts operations and bytes needs it: it sees those of its own thread alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _InThreads(torch.autograd.Function):

@@ -41,6 +41,20 @@ def test_gradients_and_optimizer_are_those_of_what_trains(recipe: InstructionRec
     assert 0 < num_tensors < 4 * 200
 
 
+def test_threads_change_nothing_of_an_estimate(recipe: InstructionRecipe) -> None:
+    recipe.precision = "bf16"  # in which rows are spread over threads
+    alone = estimate(recipe)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = estimate(recipe)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert (together.activations, together.flops) == (alone.activations, alone.flops)
+    assert alone.flops > 0
+
+
 def test_dry_run_tells_shapes_records_parts_and_memory(recipe: InstructionRecipe) -> None:
     text = "\n".join(dry_run(recipe))
     assert "16 tokens of width 32 -> connector -> 32" in text
