@@ -104,12 +104,7 @@ class _InThreads(torch.autograd.Function):
 def _sum(grads: Sequence[Tensor | None]) -> Tensor | None:
     """In their order; of a parameter that no part reads there are none."""
     present = [one for one in grads if one is not None]
-    if not present:
-        return None
-    total = present[0]
-    for one in present[1:]:
-        total = total + one
-    return total
+    return sum(present[1:], present[0]) if present else None
 
 
 def _each(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:

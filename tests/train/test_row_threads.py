@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from train.frozen_blocks import num_filling_tokens
 from train.instruction_data import PADDING
 from train.instruction_model import InstructionModel
 from train.lora import inject_lora
@@ -126,28 +127,55 @@ def batch(llava: Any) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_llava_learns_the_same_in_threads(mllm: Any, checkpointing: bool) -> None:
-    llava, _ = mllm
+def adapted(llava: Any) -> InstructionModel:
+    """Adapters learn, all else is frozen."""
     llava = copy.deepcopy(llava).requires_grad_(False).train()
     settings = LLMTraining(mode="lora", lr=1e-3, target=["q_proj", "down_proj"], r=4)
     inject_lora(llava.model.language_model, "llm", settings, seed=0)
     for name, parameter in llava.named_parameters():
         if ".lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    model = InstructionModel(llava)
+    return InstructionModel(llava)
+
+
+def step(model: InstructionModel, threads: int) -> list[Tensor]:
+    """The loss, and the gradients of what trains."""
+    torch.set_num_threads(threads)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch(model.llava))["loss"]
+    trained = [one for one in model.parameters() if one.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_llava_learns_the_same_in_threads(mllm: Any, checkpointing: bool) -> None:
+    model = adapted(mllm[0])
     if checkpointing:
         model.checkpoint_blocks()
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-    def step(threads: int) -> list[Tensor]:
-        torch.set_num_threads(threads)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch(llava))["loss"]
-        return [loss.detach(), *torch.autograd.grad(loss, list(trained.values()))]
-
-    alone, together, again = step(1), step(3), step(3)
+    alone, together, again = step(model, 1), step(model, 3), step(model, 3)
     assert all(map(torch.equal, together, again))
     for one, other in zip(alone, together, strict=True):
         # Sums over the parts' tokens are rounded elsewhere; measured: 0.0042 of the largest.
         assert (one - other).abs().max() < 0.03 * one.abs().max()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_filling_tokens_change_nothing(
+    mllm: Any, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    model = adapted(mllm[0])
+    bare = step(model, threads)
+    lengths: list[int] = []
+    monkeypatch.setattr(
+        "train.instruction_model.num_filling_tokens", lambda number: lengths.append(number) or 5
+    )
+    filled = step(model, threads)
+    assert sum(lengths) == int((BRANCHES != PADDING).sum()) and len(lengths) == threads
+    for one, other in zip(bare, filled, strict=True):
+        assert (one - other).abs().max() < 0.03 * one.abs().max()
+
+
+def test_lines_are_filled_to_few_lengths() -> None:
+    filled = {number + num_filling_tokens(number) for number in range(512, 1024)}
+    assert len(filled) == 33
+    assert all(0 <= 32 * num_filling_tokens(number) < number for number in range(1, 4000))
