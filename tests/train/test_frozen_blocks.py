@@ -196,7 +196,7 @@ def test_mapped_weights_leave_the_memory_and_stay_what_they_are(
     language_model: Any, tmp_path: Path
 ) -> None:
     config = copy.deepcopy(language_model.config)
-    config.intermediate_size = 512  # above a page
+    config.intermediate_size = 4096
     whole = type(language_model)(config)
     whole.save_pretrained(tmp_path)
     model = type(language_model).from_pretrained(tmp_path).model.requires_grad_(False)
@@ -205,9 +205,11 @@ def test_mapped_weights_leave_the_memory_and_stay_what_they_are(
     run(model)
     weights = [layer.mlp.gate_proj.weight for layer in model.layers]
     if sys.platform == "linux":
-        assert release_file_pages(weights) == 0  # they have gone already
+        size = weights[0].nbytes
+        # They have gone already, but for pages that the kernel maps around a neighbour's, 64 KiB.
+        assert [release_file_pages([weight]) < size / 2 for weight in weights] == [True, True]
         weights[0].sum()
-        assert release_file_pages(weights) > 0
+        assert release_file_pages(weights[:1]) > size / 2
     torch.testing.assert_close(
         dict(model.state_dict()), dict(whole.model.state_dict()), rtol=0, atol=0
     )
