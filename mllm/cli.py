@@ -200,11 +200,16 @@ def convert_clip_moe(source: Path, out: Path, top_k: int) -> None:
 @click.option("--energy", type=float, default=0.9, show_default=True,
               help="Share of the squared singular values that is kept.")  # fmt: skip
 @click.option("--rank", type=int, help="One rank for all blocks instead.")
-def convert_low_rank(folder: Path, out: Path, energy: float, rank: int | None) -> None:
+@click.option("--center", type=click.Choice(["expert_0", "mean"]), default="expert_0",
+              show_default=True, help="What the experts become changes of; the mean then takes"
+              " expert 0's place.")  # fmt: skip
+def convert_low_rank(
+    folder: Path, out: Path, energy: float, rank: int | None, center: Literal["expert_0", "mean"]
+) -> None:
     """A CLIP-MoE FOLDER of full experts to one of low-rank experts; prints what is lost."""
     import vision_moe
 
-    errors = vision_moe.convert_low_rank(folder, out, energy, rank)
+    errors = vision_moe.convert_low_rank(folder, out, energy, rank, center)
     click.echo(vision_moe.error_table(errors))
     click.echo(f"written to {out}", err=True)
 

@@ -50,6 +50,11 @@ def router_options(recipe: UpcycleRecipe) -> RouterOptions:
     )
 
 
+def rank_of_experts(recipe: UpcycleRecipe) -> int | None:
+    """Of the changes that the experts are in the end; ``None``: they are whole networks."""
+    return None if recipe.experts == "full" else recipe.rank
+
+
 def moe_config(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, Any]:
     """``CLIPMoEConfig.moe`` of what the recipe makes of a dense model.
 
@@ -64,8 +69,13 @@ def moe_config(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, Any]:
     if recipe.top_k > num_routed:
         beside = " beside the base" if num_routed < recipe.num_experts else ""
         raise InputError(f"'top_k' is {recipe.top_k}, but there are {num_routed} experts{beside}")
-    if recipe.experts == "low_rank" and recipe.method == "sparse":
+    if recipe.experts != "full" and recipe.method == "sparse":
         raise InputError("'method: sparse' copies whole networks; its 'experts' must be 'full'")
+    if recipe.router.base_gate and (recipe.experts == "truncated" or recipe.expert_spread < 1):
+        raise InputError(
+            "'router.base_gate' needs the base among the experts: 'expert_spread' must be 1, and"
+            " 'experts' not 'truncated'"
+        )
     if recipe.clusters == "parallel" and recipe.method in ("dmu", "shuffled_labels"):
         if recipe.cluster_modality == "both":
             raise InputError("'clusters: parallel' needs 'cluster_modality: image' or 'text'")
@@ -91,8 +101,8 @@ def moe_config(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, Any]:
     }
     if (options := router_options(recipe)) != RouterOptions():
         moe["router"] = asdict(options)
-    if recipe.experts == "low_rank":
-        moe |= {f"{t}_ranks": [recipe.rank] * len(moe[f"{t}_layers"]) for t in ("vision", "text")}
+    if (rank := rank_of_experts(recipe)) is not None:
+        moe |= {f"{t}_ranks": [rank] * len(moe[f"{t}_layers"]) for t in ("vision", "text")}
     return moe
 
 

@@ -59,7 +59,10 @@ from vision_moe import (
     moe_layers,
     num_occupied_clusters,
     save,
+    spread_experts,
+    spread_low_rank_experts,
     stretch_text_context,
+    to_low_rank,
     upcycle,
 )
 
@@ -111,8 +114,10 @@ def mcl_stages(recipe: UpcycleRecipe) -> list[Stage]:
     if recipe.method in _NAMES:
         return []
     config = configuration(recipe)
-    for later in ("router", "num_experts", "top_k"):
+    for later in ("router", "num_experts", "top_k", "expert_spread"):
         config.pop(later)
+    if recipe.experts == "truncated":  # they train as full ones do
+        config |= {"experts": "full", "rank": UpcycleRecipe.rank}
     inputs = _inputs(recipe)
     made: list[Stage] = []
     for number in range(1, recipe.num_experts):
@@ -232,8 +237,13 @@ def _assemble(
     """Base and stages become the experts; then the routers train, of sparse upcycling the experts
     with them."""
     sparse = recipe.method == "sparse"
+    low_rank = recipe.experts == "low_rank"
     experts = [ffn_state_dict(base)] * (recipe.num_experts if sparse else 1)
     experts += [load_file(stage.folder / EXPERT_FILE) for stage in mcl]
+    if low_rank:
+        experts = spread_low_rank_experts(experts[0], experts[1:], recipe.expert_spread)
+    else:
+        experts = spread_experts(experts, recipe.expert_spread)
     generator = torch.Generator().manual_seed(recipe.seed)
     moe = moe_config(recipe, base)
     model = upcycle(
@@ -243,9 +253,11 @@ def _assemble(
         vision_layers=moe["vision_layers"],
         text_layers=moe["text_layers"],
         generator=generator,
-        rank=recipe.rank if recipe.experts == "low_rank" else None,
+        rank=recipe.rank if low_rank else None,
         router=router_options(recipe),
     )
+    if recipe.experts == "truncated":
+        to_low_rank(model, rank=recipe.rank, center="mean")
     layers = moe_layers(model)
     routers: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():

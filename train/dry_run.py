@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from train.blocks import moe_config
+from train.blocks import moe_config, rank_of_experts
 from train.recipe import UpcycleRecipe
 from vision_moe import (
     CLIPMoEConfig,
@@ -63,13 +63,14 @@ def describe_upcycling(recipe: UpcycleRecipe) -> str:
     config.moe = moe
     with torch.device("meta"):
         sparse = CLIPMoEModel(config)
-    rank = recipe.rank if recipe.experts == "low_rank" else None
+    rank = rank_of_experts(recipe)
+    changes_train = recipe.experts == "low_rank"
     lines = [_plan(recipe)]
     lines += [_networks("image tower", dense.visual, moe["vision_layers"], moe, rank)]
     lines += [_networks("text tower", dense.text, moe["text_layers"], moe, rank)]
     sizes = [
-        _size("image tower", dense.visual, sparse.visual, moe["vision_layers"]),
-        _size("text tower", dense.text, sparse.text, moe["text_layers"]),
+        _size("image tower", dense.visual, sparse.visual, moe["vision_layers"], changes_train),
+        _size("text tower", dense.text, sparse.text, moe["text_layers"], changes_train),
     ]
     whole = [sum(getattr(one, name) for one in sizes) for name in vars(sizes[0]) if name != "name"]
     rows = [*sizes, TowerSize("both", *whole)]
@@ -118,12 +119,14 @@ def _networks(
     return _table([header, *rows])
 
 
-def _size(name: str, dense: nn.Module, sparse: nn.Module, layers: list[int]) -> TowerSize:
+def _size(
+    name: str, dense: nn.Module, sparse: nn.Module, layers: list[int], changes_train: bool
+) -> TowerSize:
     total = _count(sparse)
     idle = sum(layer.num_idle_parameters() for layer in moe_layers(sparse).values())
     trained = sum(_count(site.module) for site in find_ffns(dense) if site.layer_index in layers)
-    low_rank = [m for m in sparse.modules() if isinstance(m, LowRankExperts)]
-    if low_rank:
+    if changes_train:
+        low_rank = [m for m in sparse.modules() if isinstance(m, LowRankExperts)]
         trained = sum(_count(experts.deltas) // (len(experts) - 1) for experts in low_rank)
     return TowerSize(name, _count(dense), total, total - idle, trained)
 

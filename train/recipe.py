@@ -170,11 +170,16 @@ class UpcycleRecipe(Recipe):
     (CLIP-FMoE): the base's features are clustered once, in one modality, and each stage trains on
     one of the clusters alone, from the base; there are as many clusters as stages. Other pairs fill
     up the batches of a cluster that is smaller than a batch."""
-    experts: Literal["full", "low_rank"] = "full"
+    experts: Literal["full", "low_rank", "truncated"] = "full"
     """``low_rank``: a stage trains a change of low rank of the base's frozen networks, and the
-    experts share the base."""
+    experts share the base. ``truncated``: a stage trains whole networks, and put together each is
+    cut to a change of low rank of their mean, which takes the base's place; the router is tuned for
+    these."""
     rank: Positive = 32
-    """Of the changes of ``low_rank`` experts."""
+    """Of the changes of ``low_rank`` and ``truncated`` experts."""
+    expert_spread: Share = 1.0
+    """How far the experts stay from their mean when they are put together: 1, as they were trained
+    (the paper's way), 0.5 half as far, 0 all alike. Below 1 expert 0 is no longer the base."""
     stage_init: Literal["base", "previous"] = "previous"
     """Where a stage's networks start: the paper says ``previous``, its code ``base``."""
     global_share: Share = 0.0

@@ -15,6 +15,7 @@ from vision_moe.convert import convert_clip_moe
 from vision_moe.convert_low_rank import BlockError, convert_low_rank, error_table, to_low_rank
 from vision_moe.encoding import ImageFeatures, encode_images, encode_texts
 from vision_moe.errors import InputError
+from vision_moe.expert_spread import spread_experts, spread_low_rank_experts
 from vision_moe.feature_shards import FeatureShards
 from vision_moe.files import (
     atomic_directory,
@@ -136,6 +137,8 @@ __all__ = [
     "routing_survey",
     "save",
     "sha256_file",
+    "spread_experts",
+    "spread_low_rank_experts",
     "stage_labels",
     "stretch_text_context",
     "to_low_rank",

@@ -1,4 +1,4 @@
-"""Full experts as low-rank changes of expert 0: truncated singular value decomposition.
+"""Full experts as low-rank changes of one network: truncated singular value decomposition.
 
 D width, H hidden features, E experts, R rank.
 """
@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,15 @@ from tqdm import tqdm
 
 from vision_moe.checkpoint import load, save
 from vision_moe.errors import InputError
+from vision_moe.expert_spread import spread_experts
 from vision_moe.feed_forward import FFNParts, split_ffn
 from vision_moe.low_rank import LowRankExperts
 from vision_moe.modeling import CLIPMoEModel
 from vision_moe.moe import MoEFeedForward
 from vision_moe.routing import moe_layers
+
+#: What the experts are changes of.
+Center = Literal["expert_0", "mean"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ def convert_low_rank(
     out: str | os.PathLike[str],
     energy: float = 0.9,
     rank: int | None = None,
+    center: Center = "expert_0",
 ) -> list[BlockError]:
     """Read a CLIP-MoE folder of full experts and write one of low-rank experts.
 
@@ -52,26 +58,32 @@ def convert_low_rank(
         out: the new folder.
         energy: see :func:`to_low_rank`.
         rank: see :func:`to_low_rank`.
+        center: see :func:`to_low_rank`.
     """
     if Path(source).resolve() == Path(out).resolve():
         raise InputError(f"{out}: the folder that is read cannot be the one that is written")
     model = load(source)
-    errors = to_low_rank(model, energy, rank)
+    errors = to_low_rank(model, energy, rank, center)
     save(model, out)
     return errors
 
 
 @torch.no_grad()
 def to_low_rank(
-    model: CLIPMoEModel, energy: float = 0.9, rank: int | None = None
+    model: CLIPMoEModel,
+    energy: float = 0.9,
+    rank: int | None = None,
+    center: Center = "expert_0",
 ) -> list[BlockError]:
-    """Replace the full experts of every block by low-rank ones on expert 0, in place.
+    """Replace the full experts of every block by low-rank ones on one network, in place.
 
     Args:
         model: a CLIP-MoE of full experts.
         energy: share of the squared singular values that the rank of a block keeps in each of its
             experts' changes, above 0 and up to 1.
         rank: the same rank for all blocks instead.
+        center: that network: expert 0, which stays as it is, or the mean of all, which takes its
+            place: what is common to all then costs no rank.
 
     Returns:
         What each block has lost, in the order of the modules.
@@ -89,7 +101,7 @@ def to_low_rank(
     anatomy = {name: _check(name, layer) for name, layer in layers.items()}
     errors = []
     for name, layer in tqdm(layers.items(), desc="decomposing", unit="block", delay=2):
-        errors.append(_convert(name, layer, anatomy[name], energy, rank))
+        errors.append(_convert(name, layer, anatomy[name], energy, rank, center))
     ranks: dict[str, list[int]] = {"visual": [], "text": []}
     for error in errors:
         ranks[error.name.partition(".")[0]].append(error.rank)
@@ -117,10 +129,18 @@ def _between(parts: FFNParts, expert: nn.Module) -> dict[str, Tensor]:
 
 
 def _convert(
-    name: str, layer: MoEFeedForward, parts: FFNParts, energy: float, rank: int | None
+    name: str,
+    layer: MoEFeedForward,
+    parts: FFNParts,
+    energy: float,
+    rank: int | None,
+    center: Center,
 ) -> BlockError:
     assert isinstance(layer.experts, nn.ModuleList)
     base, *others = layer.experts
+    if center == "mean":
+        base = copy.deepcopy(base)
+        base.load_state_dict(spread_experts([one.state_dict() for one in layer.experts], 0)[0])
     spectra = [
         {key: _decompose(_weight(other, key) - _weight(base, key)) for key in parts.linears}
         for other in others

@@ -102,6 +102,20 @@ def test_expert_is_its_stage(upcycled: Path, number: int) -> None:
     assert_equal(experts_of(upcycled, number), expert(upcycled, number))
 
 
+def test_experts_can_be_put_together_nearer_to_their_mean(
+    copied: Path, upcycled: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(copied)
+    started = names_of_trained(monkeypatch)
+    run_recipe(recipe_of(copied, base, expert_spread=0.25))
+    assert started == ["router tuning"]  # of the stages that there are
+    whole = [experts_of(upcycled, number) for number in range(3)]
+    for number in range(3):
+        for name, weight in experts_of(copied, number).items():
+            mean = sum(one[name] for one in whole) / 3
+            torch.testing.assert_close(weight, 0.25 * whole[number][name] + 0.75 * mean)
+
+
 def test_everything_but_the_feed_forward_networks_is_the_bases(
     upcycled: Path, base: Path
 ) -> None:

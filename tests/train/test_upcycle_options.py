@@ -16,7 +16,7 @@ from train import dmu, run_recipe
 from train.blocks import moe_config
 from train.contrastive import ContrastiveModel, start_model
 from train.dry_run import describe_upcycling
-from train.recipe import RouterTraining
+from train.recipe import RouterTraining, UpcycleRecipe
 from vision_moe import CLIPMoEModel, InputError, LowRankExperts, contrastive_loss
 
 STEPS = 2 * 3 + 3                                          # of two stages and the router
@@ -164,6 +164,8 @@ def test_cluster_smaller_than_a_batch_is_filled_up(
             "'num_clusters' is 5, 'num_experts' 3",
         ),
         ({"method": "sparse", "experts": "low_rank"}, "its 'experts' must be 'full'"),
+        ({"method": "sparse", "experts": "truncated"}, "its 'experts' must be 'full'"),
+        ({"router": STAGE | {"base_gate": True}, "expert_spread": 0.5}, "needs the base among"),
     ],
 )
 def test_options_that_do_not_go_together(
@@ -199,6 +201,26 @@ def test_low_rank_stages_train_changes_that_share_the_base(
     assert all(torch.equal(value, stages[0][name]) for name, value in first.items())
 
 
+def test_truncated_experts_are_changes_of_the_mean_and_their_router_trains(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    model = made(tmp_path / "out", base, experts="truncated", rank=4)
+    dense = vision_moe.ffn_state_dict(vision_moe.load(base))
+    stages = [
+        load_file(stage_folder(tmp_path / "out") / f"stage_{n}" / "expert.safetensors")
+        for n in (1, 2)
+    ]
+    for name, layer in vision_moe.moe_layers(model).items():
+        assert isinstance(layer.experts, LowRankExperts) and layer.experts.rank == 4
+        weight = f"{name}.c_fc.weight"
+        mean = (dense[weight] + stages[0][weight] + stages[1][weight]) / 3
+        torch.testing.assert_close(layer.experts.base.c_fc.weight, mean)
+    assert not any(".deltas." in name for name in watch.changed[0])  # a stage trains whole networks
+    assert {name.rpartition(".")[0] for name in watch.changed[2]} == {
+        f"{name}.router" for name in vision_moe.moe_layers(model)
+    }
+
+
 def test_forced_low_rank_expert_equals_its_stage(base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path / "out", base, experts="low_rank", rank=4)
     model = vision_moe.load(run_recipe(recipe))
@@ -230,6 +252,7 @@ def test_only_chosen_blocks_become_mixtures(
         ({"method": "sparse"}, "sparse: copies of the base and their routers train for 9 steps"),
         ({"method": "direct"}, "direct: all parameters of the dense CLIP train for 9 steps"),
         ({"experts": "low_rank", "rank": 4}, "3 experts, top-2, rank 4"),
+        ({"experts": "truncated", "rank": 4}, "3 experts, top-2, rank 4"),
     ],
 )
 def test_dry_run_tells_the_plan(
@@ -245,9 +268,22 @@ def test_low_rank_parameters_are_counted() -> None:
     moe = moe_config(recipe, start_model(MODEL, None, 0))
     assert moe["vision_ranks"] == [4] * 6 and moe["text_ranks"] == []
     recipe.model = MODEL
-    trained = describe_upcycling(recipe).splitlines()[-3].split()[-1]
     # Six blocks of width 32, hidden 128: factors of both layers, and their biases.
-    assert int(trained.replace(",", "")) == 6 * (2 * 4 * (32 + 128) + 128 + 32)
+    assert trained_parameters(recipe) == 6 * (2 * 4 * (32 + 128) + 128 + 32)
+
+
+def test_whole_networks_train_for_truncated_experts() -> None:
+    from tests.train.test_dry_run import MODEL, recipe_with
+
+    recipe = recipe_with("experts=truncated", "rank=4", "text_blocks=none")
+    recipe.model = MODEL
+    assert trained_parameters(recipe) == 6 * (2 * 32 * 128 + 128 + 32)
+
+
+def trained_parameters(recipe: UpcycleRecipe) -> int:
+    """Of the image tower, as the plan has it."""
+    trained = describe_upcycling(recipe).splitlines()[-3].split()[-1]
+    return int(trained.replace(",", ""))
 
 
 

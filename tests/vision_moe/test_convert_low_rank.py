@@ -64,6 +64,21 @@ def test_full_rank_loses_nothing(moe_clip: CLIPMoEModel, pixel_values: Tensor) -
     assert max(error.change_error for error in errors) < 1e-6
 
 
+def test_experts_become_changes_of_their_mean(moe_clip: CLIPMoEModel) -> None:
+    name, layer = next(iter(vision_moe.moe_layers(moe_clip).items()))
+    x = torch.randn(5, layer.width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = [expert(x) for expert in layer.experts]
+        weights = torch.stack([expert.c_fc.weight for expert in layer.experts])
+        to_low_rank(moe_clip, energy=1.0, center="mean")
+        experts = moe_clip.get_submodule(name).experts
+        for number, output in enumerate(outputs[1:], start=1):
+            alone = experts.mix(x, torch.ones(5, 1), torch.full((5, 1), number))
+            torch.testing.assert_close(alone, output, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(experts.base.c_fc.weight, weights.mean(0))
+        assert not torch.equal(experts.base.c_fc.weight, weights[0])
+
+
 def test_error_is_that_of_the_best_approximation(moe_clip: CLIPMoEModel) -> None:
     layer = next(iter(vision_moe.moe_layers(moe_clip).values()))
     lost = total = 0.0

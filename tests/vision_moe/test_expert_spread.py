@@ -1,0 +1,59 @@
+"""Experts nearer to their mean: by hand, and low-rank ones against whole ones."""
+
+import copy
+
+import pytest
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from vision_moe import LowRankExperts, LowRankFFN, spread_experts, spread_low_rank_experts
+
+WIDTH, RANK = 8, 3
+
+
+def test_each_keeps_a_share_of_its_distance_from_the_mean() -> None:
+    experts = [{"w": torch.tensor([0.0, 3.0])}, {"w": torch.tensor([4.0, 5.0])}]
+    pulled = [one["w"].tolist() for one in spread_experts(experts, 0.25)]
+    assert pulled == [[1.5, 3.75], [2.5, 4.25]]
+
+
+def test_whole_spread_changes_no_bit() -> None:
+    experts = [{"w": torch.randn(9)} for _ in range(3)]
+    for before, after in zip(experts, spread_experts(experts, 1.0), strict=True):
+        assert torch.equal(before["w"], after["w"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("spread", [0.0, 0.4, 1.0])
+def test_low_rank_experts_are_pulled_as_whole_ones_are(bias: bool, spread: float) -> None:
+    torch.manual_seed(0)
+    base = Mlp(WIDTH, 2 * WIDTH, bias=bias)
+    changes = [random_change(base) for _ in range(3)]
+    whole = [base.state_dict()]
+    for change in changes:
+        state = {name: weight.clone() for name, weight in base.state_dict().items()}
+        for name in ("fc1", "fc2"):
+            state[f"{name}.weight"] += change[f"{name}.b"] @ change[f"{name}.a"]
+            if bias:
+                state[f"{name}.bias"] += change[f"{name}.bias"]
+        whole.append(state)
+    pulled, *pulled_changes = spread_low_rank_experts(base.state_dict(), changes, spread)
+    ours = LowRankExperts(load(base, pulled), pulled_changes)
+    x = torch.randn(5, WIDTH)
+    for number, state in enumerate(spread_experts(whole, spread)):
+        alone = ours.mix(x, torch.ones(5, 1), torch.full((5, 1), number))
+        torch.testing.assert_close(alone, load(base, state)(x))
+
+
+def random_change(base: nn.Module) -> dict[str, Tensor]:
+    deltas = LowRankFFN(copy.deepcopy(base), RANK).deltas
+    for parameter in deltas.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return deltas.state_dict()
+
+
+def load(base: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    network = copy.deepcopy(base)
+    network.load_state_dict(state)
+    return network.eval()
