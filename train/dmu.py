@@ -116,7 +116,7 @@ def mcl_stages(recipe: UpcycleRecipe) -> list[Stage]:
     config = configuration(recipe)
     for later in ("router", "num_experts", "top_k", "expert_spread"):
         config.pop(later)
-    if recipe.experts == "truncated":  # they train as full ones do
+    if recipe.experts != "low_rank":  # whatever becomes of them then, whole networks train
         config |= {"experts": "full", "rank": UpcycleRecipe.rank}
     inputs = _inputs(recipe)
     made: list[Stage] = []

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from train.evidence.stand_in import make_untrained, take_language_model, write_q
 from train.experts import load_expert
 from train.recipe import ContrastiveRecipe, InstructionRecipe, Recipe, UpcycleRecipe
 from train.stages import Stage, fingerprint_of
-from vision_moe import ffn_state_dict, load, save
+from vision_moe import CLIPMoEModel, ffn_state_dict, load, save
 
 R = TypeVar("R", bound=Recipe)
 Split = Literal["validation", "test", "compositional"]
@@ -146,6 +146,13 @@ class Cell:
             name: torch.stack([one[name] for one in experts]).mean(0) for name in experts[0]
         }
         save(load_expert(self.recipe(), base, mean), folder)
+
+    def stage_models(self) -> Iterator[CLIPMoEModel]:
+        """The dense base, then the dense CLIP of each of this cell's stages."""
+        base = base_folder(self.options)
+        yield load(base)
+        for file in sorted(Path(f"{self.clip}.stages").glob(f"stage_*/{EXPERT_FILE}")):
+            yield load_expert(self.recipe(), load(base), load_tensors(file))
 
     def measure(self, split: Split) -> None:
         """What the CLIP knows."""

@@ -36,6 +36,7 @@ RETRIEVAL_CLAIMS = {
     "retrieval_vs_sparse_upcycling": ("dmu", "sparse"),
     "retrieval_vs_shuffled_labels": ("dmu", "shuffled_labels"),
     "retrieval_vs_seed_only": ("dmu", "seeds"),
+    "retrieval_vs_experts_as_trained": ("dmu", "as_trained"),
     "retrieval_vs_weight_average": ("dmu", "average"),
     "retrieval_vs_random_routing": ("dmu", "random_routing"),
     # All four experts, evenly: twice the experts of top-2, as many as top-4.
@@ -169,7 +170,7 @@ def _examine(dmu: Cell, control: Cell | None, num_scenes: int, folder: Path) -> 
     options = dmu.options
     scenes = scenes_of(base_folder(options), options.num_pairs, dmu.seed, options.splits[0])
     examined = examine_experts(
-        dmu.clip, None if control is None else control.clip, scenes,
+        dmu.clip, None if control is None else control.clip, dmu.stage_models(), scenes,
         dmu.recipe().num_clusters, dmu.seed, num_scenes,
     )  # fmt: skip
     (folder / "experts.json").write_text(json.dumps(examined, indent=2) + "\n")

@@ -5,6 +5,7 @@ M pairs, D feature width, S stages.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,22 @@ from train.encoding import encode_all
 from vision_moe import (
     CLIPMoEModel,
     accumulate_labels,
-    force_expert,
     load,
-    moe_layers,
     num_occupied_clusters,
     stage_labels,
 )
 
 
 def examine_experts(
-    clip: Path, control: Path | None, scenes: HeldOutScenes, num_clusters: int, seed: int,
-    num_scenes: int,
+    clip: Path, control: Path | None, stages: Iterable[CLIPMoEModel], scenes: HeldOutScenes,
+    num_clusters: int, seed: int, num_scenes: int,
 ) -> dict[str, Any]:
     """Everything about the experts of a CLIP-MoE, JSON-able.
 
     Args:
         clip: Its folder.
         control: That of experts which differ in their seeds alone.
+        stages: The dense base, then the dense CLIP of each stage, as it was trained.
         scenes: Held out; for the suppression test.
         num_clusters: K of the stages.
         seed: Of clusters, scenes and intervals.
@@ -46,21 +46,19 @@ def examine_experts(
     assert isinstance(size, int), "scenes are square"
     data = scenes_data(size, num_scenes, seed)
     diagnosis = diagnose(model, data, None if control is None else load(control), seed=seed)
-    return {**diagnosis.as_json(), "suppression": suppression(model, scenes, num_clusters, seed)}
+    return {**diagnosis.as_json(), "suppression": suppression(stages, scenes, num_clusters, seed)}
 
 
 def suppression(
-    model: CLIPMoEModel, scenes: HeldOutScenes, num_clusters: int, seed: int
+    stages: Iterable[CLIPMoEModel], scenes: HeldOutScenes, num_clusters: int, seed: int
 ) -> list[dict[str, float]]:
-    """For each stage: R@1 within the clusters of the stages before, of its expert and the one
+    """For each stage: R@1 within the clusters of the stages before, of its CLIP and the one
     before; what a cluster's pairs have in common is of no help there.
 
     Held-out pairs are clustered as a stage clusters its training pairs.
     """
-    features = []
-    for expert in range(next(iter(moe_layers(model).values())).num_experts):
-        with force_expert(model, expert), torch.inference_mode():
-            features.append(encode_all(model, scenes.pairs, "fp32"))
+    with torch.inference_mode():
+        features = [encode_all(model, scenes.pairs, "fp32") for model in stages]
     labels: np.ndarray | None = None
     found = []
     for stage, (before, after) in enumerate(zip(features, features[1:], strict=False), start=1):

@@ -26,7 +26,7 @@ class Method:
 
 
 # Muon's steps are of full rank, whatever the gradient's: it is not for factors of low rank.
-_LOW_RANK = ("experts=low_rank", "stage.optimizer=adamw", "stage.lr=3.0e-3")
+_CHANGES_TRAIN = ("experts=low_rank", "stage.optimizer=adamw", "stage.lr=3.0e-3")
 
 #: The methods of the claims.
 METHODS: dict[str, Method] = {
@@ -39,13 +39,16 @@ METHODS: dict[str, Method] = {
     "seeds": Method("experts that differ in their seeds", ("method=seeds",)),
     "shuffled_labels": Method("DMU, labels shuffled", ("method=shuffled_labels",)),
     "dmu": Method("CLIP-MoE (DMU)"),
+    "as_trained": Method("DMU, experts as trained", ("expert_spread=1",), stages_of="dmu"),
     "average": Method("weight average of DMU's stages", stages_of="dmu", trains=False),
     "random_routing": Method(
         "DMU, routers as drawn", ("router.kind=random",), stages_of="dmu"
     ),
     "uniform": Method("DMU, all experts evenly", ("router.kind=uniform",), stages_of="dmu"),
     "top_4": Method("CLIP-MoE (DMU), top-4", ("top_k=4",), stages_of="dmu"),
-    "low_rank": Method("CLIP-MoE, low-rank experts", (*_LOW_RANK, "rank=64")),
+    "low_rank": Method(
+        "CLIP-MoE, low-rank experts", ("experts=truncated", "rank=32"), stages_of="dmu"
+    ),
 }  # fmt: skip
 
 #: One thing of DMU changed at a time; the steps of all stages together stay the same.
@@ -57,11 +60,15 @@ ABLATIONS: dict[str, Method] = {
     "clusters_3": Method("K = 3", ("num_clusters=3",)),
     "stage_init_base": Method("stages start from the base", ("stage_init=base",)),
     "global_share_0": Method("in-cluster batches alone", ("global_share=0",)),
+    "spread_25": Method("spread 0.25", ("expert_spread=0.25",), stages_of="dmu"),
+    "spread_75": Method("spread 0.75", ("expert_spread=0.75",), stages_of="dmu"),
     "second_half": Method(
         "second half of the blocks", ("vision_blocks=second_half", "text_blocks=second_half")
     ),
-    "rank_8": Method("low-rank experts, rank 8", (*_LOW_RANK, "rank=8")),
-    "rank_32": Method("low-rank experts, rank 32", (*_LOW_RANK, "rank=32")),
+    "rank_8": Method("low-rank experts, rank 8", ("experts=truncated", "rank=8"), stages_of="dmu"),
+    "rank_64_trained": Method(
+        "low-rank changes that train, rank 64", (*_CHANGES_TRAIN, "rank=64")
+    ),
     "router_lr_low": Method("router lr / 3", ("router.lr=1.0e-3",), stages_of="dmu"),
     "no_balance": Method("no balance loss", ("router.balance=0",), stages_of="dmu"),
 }
