@@ -81,7 +81,7 @@ def _retrieval(axes: Any, cells: Cells, splits: list[str]) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", color="#dddddd")
     axes.set_xlabel("R@1, mean of both directions, %; a dot is a seed")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center")
     axes.set_title("Retrieval on detailed captions")
 
 
