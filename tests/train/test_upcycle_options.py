@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import vision_moe
-from tests.train.test_dmu import STAGE, Watch, recipe_of, stage_folder
+from tests.train.test_dmu import STAGE, Watch, expert, recipe_of, stage_folder
 from train import dmu, run_recipe
 from train.blocks import moe_config
 from train.contrastive import ContrastiveModel, start_model
@@ -183,10 +183,7 @@ def test_low_rank_stages_train_changes_that_share_the_base(
 ) -> None:
     model = made(tmp_path / "out", base, experts="low_rank", rank=4)
     dense = vision_moe.ffn_state_dict(vision_moe.load(base))
-    stages = [
-        load_file(stage_folder(tmp_path / "out") / f"stage_{n}" / "expert.safetensors")
-        for n in (1, 2)
-    ]
+    stages = [expert(tmp_path / "out", number) for number in (1, 2)]
     assert {name.rsplit(".", 1)[1] for name in stages[0]} == {"a", "b", "bias"}
     assert all(".deltas." in name for name in watch.changed[0] | watch.changed[1])
     for name, layer in vision_moe.moe_layers(model).items():
@@ -206,10 +203,7 @@ def test_truncated_experts_are_changes_of_the_mean_and_their_router_trains(
 ) -> None:
     model = made(tmp_path / "out", base, experts="truncated", rank=4)
     dense = vision_moe.ffn_state_dict(vision_moe.load(base))
-    stages = [
-        load_file(stage_folder(tmp_path / "out") / f"stage_{n}" / "expert.safetensors")
-        for n in (1, 2)
-    ]
+    stages = [expert(tmp_path / "out", number) for number in (1, 2)]
     for name, layer in vision_moe.moe_layers(model).items():
         assert isinstance(layer.experts, LowRankExperts) and layer.experts.rank == 4
         weight = f"{name}.c_fc.weight"

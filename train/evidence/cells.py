@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from annotated_types import Ge, Gt
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
@@ -35,7 +34,7 @@ from train.evidence.stand_in import make_untrained, take_language_model, write_q
 from train.experts import load_expert
 from train.recipe import ContrastiveRecipe, InstructionRecipe, Recipe, UpcycleRecipe
 from train.stages import Stage, fingerprint_of
-from vision_moe import CLIPMoEModel, ffn_state_dict, load, save
+from vision_moe import CLIPMoEModel, ffn_state_dict, load, save, spread_experts
 
 R = TypeVar("R", bound=Recipe)
 Split = Literal["validation", "test", "compositional"]
@@ -142,10 +141,7 @@ class Cell:
         base = load(base_folder(self.options))
         experts = [ffn_state_dict(base)]
         experts += [load_tensors(file) for file in stage_folders.glob(f"stage_*/{EXPERT_FILE}")]
-        mean = {
-            name: torch.stack([one[name] for one in experts]).mean(0) for name in experts[0]
-        }
-        save(load_expert(self.recipe(), base, mean), folder)
+        save(load_expert(self.recipe(), base, spread_experts(experts, 0)[0]), folder)
 
     def stage_models(self) -> Iterator[CLIPMoEModel]:
         """The dense base, then the dense CLIP of each of this cell's stages."""
