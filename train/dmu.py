@@ -47,7 +47,7 @@ from train.pair_labels import (
 from train.pair_sources import fingerprints
 from train.pairs import Pairs, load_pairs, tell_of_skipped
 from train.processes import processes
-from train.recipe import UpcycleRecipe
+from train.recipe import RouterTraining, UpcycleRecipe
 from train.stages import Stage, StageResult
 from vision_moe import (
     CLIPMoEModel,
@@ -114,7 +114,7 @@ def mcl_stages(recipe: UpcycleRecipe) -> list[Stage]:
     if recipe.method in _NAMES:
         return []
     config = configuration(recipe)
-    for later in ("router", "num_experts", "top_k", "expert_spread"):
+    for later in ("router", "num_experts", "top_k", "expert_spread", "base_share"):
         config.pop(later)
     if recipe.experts != "low_rank":  # whatever becomes of them then, whole networks train
         config |= {"experts": "full", "rank": UpcycleRecipe.rank}
@@ -209,6 +209,24 @@ def _batches(
     return cluster_batches(sampler, training.steps)
 
 
+def _router_batches(
+    recipe: UpcycleRecipe, mcl: Sequence[Stage], training: RouterTraining, pairs: Pairs
+) -> EpochBatches:
+    """What the routers see, of sparse upcycling the experts too."""
+    left_out = _skipped(pairs)
+    if mcl and (mcl[-1].folder / LABEL_FILE).is_file():
+        labels = read_labels(mcl[-1].folder / LABEL_FILE)
+        if training.global_share < 1:
+            if recipe.method == "shuffled_labels":
+                labels = _exchanged(labels, recipe.seed)
+            sampler = ClusterBatchSampler(
+                labels, training.batch_size, recipe.seed, training.global_share
+            )
+            return cluster_batches(sampler, training.steps)
+        left_out = np.union1d(left_out, np.flatnonzero((labels < 0).any(axis=1)))
+    return random_batches(len(pairs), training.batch_size, training.steps, recipe.seed, left_out)
+
+
 def _exchanged(labels: np.ndarray, seed: int) -> np.ndarray:
     """The labels ``(M, S)`` dealt out anew: clusters of the same sizes that mean nothing."""
     kept = np.flatnonzero((labels >= 0).all(axis=1))
@@ -240,10 +258,11 @@ def _assemble(
     low_rank = recipe.experts == "low_rank"
     experts = [ffn_state_dict(base)] * (recipe.num_experts if sparse else 1)
     experts += [load_file(stage.folder / EXPERT_FILE) for stage in mcl]
+    distances = recipe.expert_spread, recipe.base_share
     if low_rank:
-        experts = spread_low_rank_experts(experts[0], experts[1:], recipe.expert_spread)
+        experts = spread_low_rank_experts(experts[0], experts[1:], *distances)
     else:
-        experts = spread_experts(experts, recipe.expert_spread)
+        experts = spread_experts(experts, *distances)
     generator = torch.Generator().manual_seed(recipe.seed)
     moe = moe_config(recipe, base)
     model = upcycle(
@@ -270,17 +289,13 @@ def _assemble(
             recipe.router, **{**asdict(recipe.stage), "steps": total_steps(recipe)}
         )
         parameters += [p for layer in layers.values() for p in layer.experts.parameters()]
-    left_out = _skipped(pairs)
-    if mcl and (mcl[-1].folder / LABEL_FILE).is_file():
-        unlabelled = np.flatnonzero((read_labels(mcl[-1].folder / LABEL_FILE) < 0).any(axis=1))
-        left_out = np.union1d(left_out, unlabelled)
     history: list[dict[str, float]] = []
     if parameters:
         history = train_contrastive(
             model,
             parameters,
             pairs,
-            random_batches(len(pairs), training.batch_size, training.steps, recipe.seed, left_out),
+            _router_batches(recipe, mcl, training, pairs),
             training,
             stage=final,
             seed=recipe.seed,

@@ -95,6 +95,10 @@ class RouterTraining(ContrastiveTraining):
     """``training_free``: routed by the leading singular vectors of the experts' weights (after
     SSMoE), ``uniform``: all experts mixed evenly, ``random``: routers as they are drawn; none of
     them with a step of training, but for a base gate's."""
+    global_share: Share = 1.0
+    """Share of the pairs in ordinary random batches; the others come from the last stage's
+    clusters, where there are any, so that routers learn from pairs that are alike. 1 is the paper's
+    way."""
     spectral_rank: Positive = 8
     """``training_free``: how many vectors of each expert."""
     balance: NonNegative = 0.01
@@ -180,6 +184,9 @@ class UpcycleRecipe(Recipe):
     expert_spread: Share = 1.0
     """How far the experts stay from their mean when they are put together: 1, as they were trained
     (the paper's way), 0.5 half as far, 0 all alike. Below 1 expert 0 is no longer the base."""
+    base_share: Share = 0.0
+    """How much of the base goes into every expert when they are put together, against forgetting
+    (WiSE-FT): 0 is the paper's way."""
     stage_init: Literal["base", "previous"] = "previous"
     """Where a stage's networks start: the paper says ``previous``, its code ``base``."""
     global_share: Share = 0.0

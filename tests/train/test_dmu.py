@@ -102,18 +102,19 @@ def test_expert_is_its_stage(upcycled: Path, number: int) -> None:
     assert_equal(experts_of(upcycled, number), expert(upcycled, number))
 
 
-def test_experts_can_be_put_together_nearer_to_their_mean(
+def test_experts_can_be_put_together_nearer_to_the_base_and_their_mean(
     copied: Path, upcycled: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(copied)
     started = names_of_trained(monkeypatch)
-    run_recipe(recipe_of(copied, base, expert_spread=0.25))
+    run_recipe(recipe_of(copied, base, expert_spread=0.25, base_share=0.5))
     assert started == ["router tuning"]  # of the stages that there are
     whole = [experts_of(upcycled, number) for number in range(3)]
     for number in range(3):
         for name, weight in experts_of(copied, number).items():
             mean = sum(one[name] for one in whole) / 3
-            torch.testing.assert_close(weight, 0.25 * whole[number][name] + 0.75 * mean)
+            pulled = 0.25 * whole[number][name] + 0.75 * mean
+            torch.testing.assert_close(weight, 0.5 * pulled + 0.5 * whole[0][name])
 
 
 def test_everything_but_the_feed_forward_networks_is_the_bases(

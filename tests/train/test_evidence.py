@@ -126,6 +126,19 @@ def test_lost_cell_alone_is_made_again(finished: Path, options: list[str]) -> No
     assert evidence(finished)["claims"] == claims
 
 
+def test_fewer_methods_and_mllms_in_a_folder_of_more_are_summed_up(
+    finished: Path, options: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    few = ["methods=[dmu]", "mllm_methods=[dense]", "mllm_seeds=[1]"]
+    run([*options, f"out={tmp_path / 'out'}", *few])
+    one, both = evidence(tmp_path / "out"), evidence(finished)
+    assert one["cells"].keys() == {"dense-0", "dense-1", "dmu-0", "dmu-1"}
+    assert [name for name, cell in one["cells"].items() if "scenes" in cell] == ["dense-1"]
+    assert one["experts"]["0"]["control_oracle"] is None
+    assert one["experts"]["0"]["suppression"] == both["experts"]["0"]["suppression"]
+
+
 def test_cells_side_by_side_find_the_same(
     finished: Path, options: list[str], tmp_path: Path
 ) -> None:

@@ -310,6 +310,28 @@ def test_what_of_the_router_trains(
     assert len(vision_moe.moe_layers(model)) == 4
 
 
+def test_routers_see_clusters_where_the_recipe_says_so(
+    upcycled: Path, base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    shutil.copytree(stage_folder(upcycled), tmp_path / "out.stages")
+    made(tmp_path / "out", base, router=ROUTER | {"global_share": 0.0, "steps": 6})
+    labels = load_file(stage_folder(upcycled) / "stage_1" / "labels.safetensors")["labels"]
+    sizes = labels.unique(return_counts=True)[1]
+    clusters = [labels[torch.from_numpy(batch)].unique() for batch in watch.batches[0]]
+    # An epoch is 6 batches; what does not fill one is pooled with other clusters'.
+    assert sum(len(one) == 1 for one in clusters) == sum(sizes // 8) > 0
+
+
+def test_routers_of_shuffled_labels_see_other_clusters(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    router = ROUTER | {"global_share": 0.0, "steps": 6}
+    made(tmp_path / "out", base, method="shuffled_labels", router=router)
+    file = stage_folder(tmp_path / "out") / "stage_1" / "labels.safetensors"
+    labels = load_file(file)["labels"]
+    assert all(len(labels[torch.from_numpy(batch)].unique()) > 1 for batch in watch.batches[2])
+
+
 def test_z_loss_is_added_with_its_weight(upcycled: Path) -> None:
     model = vision_moe.load(upcycled)
     pictures = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

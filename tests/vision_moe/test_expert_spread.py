@@ -18,6 +18,12 @@ def test_each_keeps_a_share_of_its_distance_from_the_mean() -> None:
     assert pulled == [[1.5, 3.75], [2.5, 4.25]]
 
 
+def test_a_share_of_the_base_goes_into_each_before() -> None:
+    experts = [{"w": torch.tensor([2.0])}, {"w": torch.tensor([10.0])}]
+    assert [one["w"].item() for one in spread_experts(experts, 1.0, 0.25)] == [2, 8]
+    assert [one["w"].item() for one in spread_experts(experts, 0.5, 0.25)] == [3.5, 6.5]
+
+
 def test_whole_spread_changes_no_bit() -> None:
     experts = [{"w": torch.randn(9)} for _ in range(3)]
     for before, after in zip(experts, spread_experts(experts, 1.0), strict=True):
@@ -25,8 +31,11 @@ def test_whole_spread_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("base_share", [0.0, 0.3])
 @pytest.mark.parametrize("spread", [0.0, 0.4, 1.0])
-def test_low_rank_experts_are_pulled_as_whole_ones_are(bias: bool, spread: float) -> None:
+def test_low_rank_experts_are_pulled_as_whole_ones_are(
+    bias: bool, spread: float, base_share: float
+) -> None:
     torch.manual_seed(0)
     base = Mlp(WIDTH, 2 * WIDTH, bias=bias)
     changes = [random_change(base) for _ in range(3)]
@@ -38,10 +47,12 @@ def test_low_rank_experts_are_pulled_as_whole_ones_are(bias: bool, spread: float
             if bias:
                 state[f"{name}.bias"] += change[f"{name}.bias"]
         whole.append(state)
-    pulled, *pulled_changes = spread_low_rank_experts(base.state_dict(), changes, spread)
+    pulled, *pulled_changes = spread_low_rank_experts(
+        base.state_dict(), changes, spread, base_share
+    )
     ours = LowRankExperts(load(base, pulled), pulled_changes)
     x = torch.randn(5, WIDTH)
-    for number, state in enumerate(spread_experts(whole, spread)):
+    for number, state in enumerate(spread_experts(whole, spread, base_share)):
         alone = ours.mix(x, torch.ones(5, 1), torch.full((5, 1), number))
         torch.testing.assert_close(alone, load(base, state)(x))
 

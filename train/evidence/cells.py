@@ -54,6 +54,7 @@ class EvidenceOptions:
         methods: See :mod:`train.evidence.methods`.
         ablations: Also every ablation, with the first seed alone.
         mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
+        mllm_seeds: Those of the seeds whose MLLMs run; all by default.
         base: Folder of a CLIP to start from; without, the recipe ``evidence_base`` trains one.
         llm: ``stand_in`` (:mod:`train.evidence.stand_in`), ``embedded`` (SmolLM2) or a folder.
         num_text_scenes: Whose captions and questions the stand-in learns from.
@@ -69,6 +70,7 @@ class EvidenceOptions:
     methods: tuple[str, ...] = tuple(METHODS)
     ablations: bool = False
     mllm_methods: tuple[str, ...] = ("dense", "direct_ffn", "dmu")
+    mllm_seeds: tuple[int, ...] | None = None
     base: str | None = None
     llm: str = "stand_in"
     num_text_scenes: Annotated[int, Gt(0)] = 16_000
@@ -102,12 +104,18 @@ class Cell:
         """The CLIP that it made; the dense cells' is the base."""
         return base_folder(self.options) if self.method == "dense" else self.folder / "clip"
 
+    @property
+    def has_mllm(self) -> bool:
+        """Whether an MLLM sees with its tower."""
+        seeds = self.options.mllm_seeds
+        return self.method in self.options.mllm_methods and (seeds is None or self.seed in seeds)
+
     def run(self) -> None:
         """Do what is not done yet."""
         self.train()
         for split in self.options.splits:
             self.measure(split)
-        if self.method in self.options.mllm_methods:
+        if self.has_mllm:
             self.read_tokens()
             self.tune_mllm()
             for task in self.options.num_questions:
@@ -141,7 +149,9 @@ class Cell:
         base = load(base_folder(self.options))
         experts = [ffn_state_dict(base)]
         experts += [load_tensors(file) for file in stage_folders.glob(f"stage_*/{EXPERT_FILE}")]
-        save(load_expert(self.recipe(), base, spread_experts(experts, 0)[0]), folder)
+        recipe = self.recipe()
+        average = spread_experts(experts, 0, recipe.base_share)[0]
+        save(load_expert(recipe, base, average), folder)
 
     def stage_models(self) -> Iterator[CLIPMoEModel]:
         """The dense base, then the dense CLIP of each of this cell's stages."""
@@ -232,7 +242,7 @@ class Cell:
             found["seconds_of_stages"] = content["seconds_of_stages"]
             found["num_clusters"] = [one["num_clusters"] for one in content.get("stages", [])]
             found["router_change"] = content.get("router_change", {})
-        if self.method in self.options.mllm_methods:
+        if self.has_mllm:
             found["readers"] = _read(self.folder / "readers" / _SCORES)
             for task in self.options.num_questions:
                 found[task] = _read(self.folder / task / _SCORES)["metrics"]

@@ -37,6 +37,7 @@ RETRIEVAL_CLAIMS = {
     "retrieval_vs_shuffled_labels": ("dmu", "shuffled_labels"),
     "retrieval_vs_seed_only": ("dmu", "seeds"),
     "retrieval_vs_experts_as_trained": ("dmu", "as_trained"),
+    "retrieval_vs_routers_of_random_batches": ("dmu", "random_batches"),
     "retrieval_vs_weight_average": ("dmu", "average"),
     "retrieval_vs_random_routing": ("dmu", "random_routing"),
     # All four experts, evenly: twice the experts of top-2, as many as top-4.
@@ -159,8 +160,9 @@ def _experts(options: EvidenceOptions, found: dict[str, Cell]) -> dict[str, Any]
     folders = [dmu.clip] if control is None else [dmu.clip, control.clip]
     num_scenes = min(_DIAGNOSED_SCENES, options.num_pairs)
     config = {"num_pairs": options.num_pairs, "split": options.splits[0], "scenes": num_scenes}
-    stage = Stage("experts", dmu.folder / "experts", config,
-                  [fingerprint_of(folder) for folder in folders])  # fmt: skip
+    # Each its own folder: a later run may have the control, or not have it any more.
+    folder = dmu.folder / ("experts_alone" if control is None else "experts")
+    stage = Stage("experts", folder, config, [fingerprint_of(one) for one in folders])
     stages.run(stage, partial(_examine, dmu, control, num_scenes))
     content: dict[str, Any] = json.loads((stage.folder / "experts.json").read_text())
     return content
@@ -206,7 +208,7 @@ def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dic
         asked = [
             (found["dmu"], found[other])
             for found in by_seed.values()
-            if {"dmu", other} <= {*found} & {*found["dense"].options.mllm_methods}
+            if {"dmu", other} <= {name for name, cell in found.items() if cell.has_mllm}
         ]
         if asked and task in options.num_questions:
             made[name] = difference(

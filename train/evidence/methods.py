@@ -39,8 +39,15 @@ METHODS: dict[str, Method] = {
     "seeds": Method("experts that differ in their seeds", ("method=seeds",)),
     "shuffled_labels": Method("DMU, labels shuffled", ("method=shuffled_labels",)),
     "dmu": Method("CLIP-MoE (DMU)"),
-    "as_trained": Method("DMU, experts as trained", ("expert_spread=1",), stages_of="dmu"),
-    "average": Method("weight average of DMU's stages", stages_of="dmu", trains=False),
+    "as_trained": Method(
+        "DMU, put together as in the paper",
+        ("expert_spread=1", "base_share=0", "router.global_share=1"),
+        stages_of="dmu",
+    ),
+    "random_batches": Method(
+        "DMU, routers tuned on random batches", ("router.global_share=1",), stages_of="dmu"
+    ),
+    "average": Method("weight average of DMU's experts", stages_of="dmu", trains=False),
     "random_routing": Method(
         "DMU, routers as drawn", ("router.kind=random",), stages_of="dmu"
     ),
@@ -62,6 +69,7 @@ ABLATIONS: dict[str, Method] = {
     "global_share_0": Method("in-cluster batches alone", ("global_share=0",)),
     "spread_25": Method("spread 0.25", ("expert_spread=0.25",), stages_of="dmu"),
     "spread_75": Method("spread 0.75", ("expert_spread=0.75",), stages_of="dmu"),
+    "base_share_0": Method("no share of the base", ("base_share=0",), stages_of="dmu"),
     "second_half": Method(
         "second half of the blocks", ("vision_blocks=second_half", "text_blocks=second_half")
     ),

@@ -104,12 +104,13 @@ def _factors(axes: Any, cells: Cells, split: str) -> None:
 
 
 def _questions(axes: Any, cells: Cells) -> None:
-    methods = [m for m in ALL if any("scenes" in cell for cell in seeds_of(cells, m))]
-    first = seeds_of(cells, methods[0])[0]["scenes"]
+    asked = {name: cell for name, cell in cells.items() if "scenes" in cell}
+    methods = [method for method in ALL if seeds_of(asked, method)]
+    first = seeds_of(asked, methods[0])[0]["scenes"]
     keys = [key for key in first if key.startswith("accuracy")]
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
-        found = [cell["scenes"] for cell in seeds_of(cells, method) if "scenes" in cell]
+        found = [cell["scenes"] for cell in seeds_of(asked, method)]
         values = [[100 * one.get(key, float("nan")) for one in found] for key in keys]
         axes.bar(np.arange(len(keys)) + number * width, [statistics.mean(one) for one in values],
                  width, color=EXPERT_COLORS[number % len(EXPERT_COLORS)],
