@@ -41,6 +41,7 @@ from vision_moe import (
     load,
     load_balancing_loss,
     moe_layers,
+    record_routing,
     save,
 )
 
@@ -58,7 +59,8 @@ class ContrastiveModel(nn.Module):
 
     Args:
         clip: The model that trains.
-        training: Label smoothing, temperature and, for routers, the weight of the balance loss.
+        training: Label smoothing, temperature, weight of the patch tokens' loss and, for routers,
+            of the balance loss.
         batches: Pair numbers of each step's batch, to name them where something goes wrong.
         kept: Where the features of every step go.
     """
@@ -78,6 +80,8 @@ class ContrastiveModel(nn.Module):
         self.clip = clip
         self.label_smoothing = training.label_smoothing
         self.logit_scale = training.logit_scale
+        self.patch_loss = training.patch_loss
+        self.patch_layer = training.patch_layer
         self.router = training if isinstance(training, RouterTraining) else None
 
     def forward(
@@ -93,12 +97,15 @@ class ContrastiveModel(nn.Module):
         Returns:
             ``loss``, a scalar.
         """
-        with attention_kernel(pixel_values.device, longest_sequence(self.clip)):
-            if self.router is not None:
-                output = self.clip(pixel_values=pixel_values, input_ids=input_ids)
-                image, text = output.image_features, output.text_features
+        longest = longest_sequence(self.clip)
+        with attention_kernel(pixel_values.device, longest), record_routing(self.clip) as record:
+            if self.patch_loss:
+                image, patches = self.clip.encode_image_and_patches(pixel_values, self.patch_layer)
             else:
                 image = self.clip.encode_image(pixel_values)
+            if self.router is not None:
+                text = self.clip.encode_text(input_ids)
+            else:
                 text = self.clip.encode_text_by_length(input_ids)
         if self.kept is not None and numbers is not None:
             self._keep(numbers, image.detach(), text.detach())
@@ -107,8 +114,16 @@ class ContrastiveModel(nn.Module):
             if self.logit_scale is None
             else self.logit_scale
         )
+        loss = self._contrastive_loss(image, text, scale)
+        if self.patch_loss:
+            loss = loss + self.patch_loss * self._contrastive_loss(patches, text, scale)
+        if self.router is not None:
+            loss = loss + self._router_losses(tuple(record.router_logits.values()))
+        return {"loss": loss}
+
+    def _contrastive_loss(self, image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
         state = processes()
-        loss = contrastive_loss(
+        return contrastive_loss(
             image,
             text,
             scale,
@@ -116,9 +131,6 @@ class ContrastiveModel(nn.Module):
             world_size=state.num_processes,
             rank=state.process_index,
         )
-        if self.router is not None:
-            loss = loss + self._router_losses(output.router_logits, state.num_processes)
-        return {"loss": loss}
 
     def _keep(self, numbers: Tensor, image: Tensor, text: Tensor) -> None:
         """Put the features of all processes where their pairs belong."""
@@ -133,9 +145,10 @@ class ContrastiveModel(nn.Module):
         more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
         return f"pairs {', '.join(map(str, numbers[:8]))}{more}"
 
-    def _router_losses(self, router_logits: Sequence[Tensor], world_size: int) -> Tensor:
+    def _router_losses(self, router_logits: Sequence[Tensor]) -> Tensor:
         """Weighted sum of the routers' losses; the biases that stand in for one move here."""
         assert self.router is not None
+        world_size = processes().num_processes
         layers = moe_layers(self.clip).values()
         loss = self.router.balance * load_balancing_loss(router_logits, world_size)
         if self.router.z:
@@ -145,6 +158,21 @@ class ContrastiveModel(nn.Module):
             if layer.expert_bias is not None and self.training:
                 layer.balance_bias(logits.detach(), self.router.bias_rate, world_size)
         return loss
+
+
+def check_patch_loss(clip: CLIPMoEModel, *trainings: ContrastiveTraining) -> None:
+    """Refuse a ``patch_loss`` that the vision tower cannot have, before anything trains.
+
+    Raises:
+        InputError: The tower has no patch tokens in CLIP's space, or no such layer.
+    """
+    layers = {training.patch_layer for training in trainings if training.patch_loss}
+    size = clip.config.vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    blank = torch.zeros(1, 3, height, width, device=clip.device)
+    for layer in sorted(layers):
+        with torch.no_grad():
+            clip.encode_image_and_patches(blank, layer)
 
 
 def longest_sequence(clip: CLIPMoEModel) -> int:
@@ -276,6 +304,7 @@ def write_log(folder: Path, **content: Any) -> None:
 
 def _make(recipe: ContrastiveRecipe, stage: Stage, folder: Path) -> None:
     model = start_model(recipe.model, recipe.pretrained, recipe.seed)
+    check_patch_loss(model, recipe.training)
     pairs = load_pairs(recipe.data, model, recipe.seed)
     training = recipe.training
     batches = random_batches(len(pairs), training.batch_size, training.steps, recipe.seed)

@@ -29,6 +29,7 @@ from train.config import save_resolved
 from train.contrastive import (
     LOG_FILE,
     RECIPE_FILE,
+    check_patch_loss,
     configuration,
     model_inputs,
     start_model,
@@ -96,6 +97,7 @@ def run_stage(recipe: UpcycleRecipe, name: str) -> StageResult:
     if recipe.text_context is not None:
         stretch_text_context(base, recipe.text_context)
     moe_config(recipe, base)  # what it cannot be is told before anything trains
+    check_patch_loss(base, recipe.stage, recipe.router)
     pairs = load_pairs(recipe.data, base, recipe.seed)
     before = 0.0
     for number, stage in enumerate(mcl):

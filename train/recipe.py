@@ -85,6 +85,11 @@ class ContrastiveTraining(Strict):
     label_smoothing: Share = 0.0
     logit_scale: PositiveFloat | None = None
     """Fixed inverse temperature; the model's own, trained where all parameters train, if null."""
+    patch_loss: NonNegative = 0.0
+    """Weight of the same loss with the mean of each picture's patch tokens in the class token's
+    place. CLIP's own asks nothing of them after the last attention, and an MLLM reads them."""
+    patch_layer: int = -2
+    """Whose output these tokens are: an MLLM's ``vision_feature_layer``."""
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,7 @@ from vision_moe.towers import (
     build_text_tower,
     build_tokenizer,
     build_vision_tower,
+    image_and_patch_features,
     is_causal,
     restore_buffers,
     vision_states,
@@ -284,6 +285,11 @@ class CLIPMoEModel(_CLIPMoEPreTrainedModel):
         """``(B, 3, H, W)`` -> ``(B, P)``."""
         features = self.visual(pixel_values.to(self.dtype))
         return nn.functional.normalize(features, dim=-1) if normalize else features
+
+    def encode_image_and_patches(self, pixel_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """:meth:`encode_image`, and its patch tokens' mean in the same space; see
+        :func:`vision_moe.towers.image_and_patch_features`."""
+        return image_and_patch_features(self.visual, pixel_values.to(self.dtype), layer)
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """``(B, L)`` int64, L up to the context length -> ``(B, P)``."""

@@ -126,6 +126,38 @@ def _open_clip_states(visual: VisionTransformer, pixel_values: Tensor) -> Vision
     return VisionStates((embeddings, *outputs), pooled)
 
 
+def image_and_patch_features(
+    visual: nn.Module, pixel_values: Tensor, layer: int
+) -> tuple[Tensor, Tensor]:
+    """A picture in CLIP's joint space twice: as CLIP puts it there, and by its patch tokens, each
+    put there as the class token is (MaskCLIP, arXiv 2112.01071), in the mean.
+
+    Args:
+        visual: result of ``build_vision_tower``, a ViT of open_clip's.
+        pixel_values: ``(B, 3, H, W)``.
+        layer: Whose output the patch tokens are, as an MLLM counts: -1 is the last block's.
+
+    Returns:
+        ``(B, P)`` twice.
+
+    Raises:
+        InputError: The tower's patch tokens cannot be put there, or it has no such layer.
+    """
+    if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None:
+        raise InputError(
+            "patch tokens can be put into the joint space by a ViT of open_clip's without"
+            " attention pooling, not by this vision tower; leave 'patch_loss' at 0"
+        )
+    states = vision_states(visual, pixel_values)
+    num_states = len(states.hidden_states)
+    if not -num_states <= layer < num_states:
+        raise InputError(f"there is no layer {layer}: the tower has {num_states - 1} blocks")
+    patches = visual.ln_post(states.hidden_states[layer][:, 1:]).mean(dim=1)
+    if visual.proj is None:
+        return states.pooled, patches
+    return states.pooled @ visual.proj, patches @ visual.proj
+
+
 def _timm_states(visual: TimmModel, pixel_values: Tensor) -> VisionStates:
     trunk: Any = visual.trunk
 

@@ -17,6 +17,7 @@ from train.pair_sources import fingerprints
 from train.pairs import load_pairs
 from train.recipe import ContrastiveRecipe, ContrastiveTraining, RouterTraining
 from vision_moe import CLIPMoEModel, InputError, contrastive_loss, load_balancing_loss
+from vision_moe.towers import vision_states
 
 MODEL = {
     "embed_dim": 16,
@@ -239,3 +240,61 @@ def test_routers_train_with_the_balance_loss(
         clip(**batch).router_logits
     )
     torch.testing.assert_close(loss_of(clip, training, batch), expected)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_patch_tokens_have_a_loss_of_their_own(
+    clip: CLIPMoEModel, batch: dict[str, torch.Tensor], layer: int
+) -> None:
+    training = ContrastiveTraining(
+        steps=1, lr=1.0, logit_scale=30.0, patch_loss=0.5, patch_layer=layer
+    )
+    tokens = vision_states(clip.visual, batch["pixel_values"]).hidden_states[layer][:, 1:]
+    patches = (clip.visual.ln_post(tokens) @ clip.visual.proj).mean(dim=1)
+    expected = plain_loss(clip, batch, 30.0) + 0.5 * contrastive_loss(
+        patches, clip.encode_text(batch["input_ids"]), 30.0
+    )
+    torch.testing.assert_close(loss_of(clip, training, batch), expected)
+
+
+def test_patch_loss_reaches_what_the_class_token_cannot(
+    clip: CLIPMoEModel, batch: dict[str, torch.Tensor]
+) -> None:
+    states: list[torch.Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        states.append(output)
+
+    clip.visual.transformer.resblocks[-1].register_forward_hook(keep)
+    for weight in (0.0, 1.0):
+        training = ContrastiveTraining(steps=1, lr=1.0, patch_loss=weight, patch_layer=-1)
+        loss_of(clip, training, batch).backward()
+    without, with_loss = (state.grad for state in states)
+    assert without is not None and not without[:, 1:].any()
+    assert with_loss is not None and with_loss[:, 1:].all(dim=-1).any()
+
+
+def test_patch_loss_of_a_router_keeps_the_balance_loss(
+    clip: CLIPMoEModel, batch: dict[str, torch.Tensor]
+) -> None:
+    plain = RouterTraining(steps=1, lr=1.0, balance=0.5, patch_loss=0.5)
+    without = RouterTraining(steps=1, lr=1.0, balance=0.0, patch_loss=0.5)
+    balance = load_balancing_loss(clip(**batch).router_logits)
+    torch.testing.assert_close(
+        loss_of(clip, plain, batch) - loss_of(clip, without, batch), 0.5 * balance
+    )
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_layer_that_the_tower_lacks_is_refused(tmp_path: Path, layer: int) -> None:
+    training = {"steps": 1, "lr": 1e-3, "patch_loss": 1.0, "patch_layer": layer}
+    with pytest.raises(InputError, match=f"no layer {layer}: the tower has 2 blocks"):
+        run_recipe(recipe_of(tmp_path / "clip", training=training))
+
+
+def test_tower_without_patch_tokens_is_refused_a_patch_loss(tmp_path: Path) -> None:
+    model = {**MODEL, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}}
+    training = {"steps": 1, "lr": 1e-3, "patch_loss": 1.0}
+    with pytest.raises(InputError, match="leave 'patch_loss' at 0"):
+        run_recipe(recipe_of(tmp_path / "clip", model=model, training=training))

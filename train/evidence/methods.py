@@ -70,6 +70,9 @@ ABLATIONS: dict[str, Method] = {
     "spread_25": Method("spread 0.25", ("expert_spread=0.25",), stages_of="dmu"),
     "spread_75": Method("spread 0.75", ("expert_spread=0.75",), stages_of="dmu"),
     "base_share_0": Method("no share of the base", ("base_share=0",), stages_of="dmu"),
+    "patch_loss_0": Method(
+        "no loss on patch tokens", ("stage.patch_loss=0", "router.patch_loss=0")
+    ),
     "second_half": Method(
         "second half of the blocks", ("vision_blocks=second_half", "text_blocks=second_half")
     ),
