@@ -82,12 +82,39 @@ class WholeCheckpointTrainer(Trainer):
     A checkpoint holds what trains and what it takes to go on, and appears complete or not at all.
     """
 
-    def __init__(self, *, content: Content, keep_checkpoints: int, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        own_optimizer: torch.optim.Optimizer,
+        own_scheduler: torch.optim.lr_scheduler.LambdaLR,
+        content: Content,
+        keep_checkpoints: int,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
+        self.own_optimizer = own_optimizer
+        self.own_scheduler = own_scheduler
         self.content = content
         self.keep_checkpoints = keep_checkpoints
         self._tokens: Tensor | None = None
         self._logged_at = time.monotonic()
+
+    # --- optimiser -------------------------------------------------------------------------------
+
+    # Not as arguments: FSDP and DeepSpeed take none, and DeepSpeed drops what stands there before
+    # it begins, for the Trainer's own at the Trainer's own rate.
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.own_optimizer
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self.own_scheduler
+        return self.lr_scheduler
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -320,6 +347,8 @@ def fit(
     if settings.log_to == "tensorboard":
         callbacks.append(tensorboard_callback(Path(f"{settings.folder}.logs")))
     trainer = WholeCheckpointTrainer(
+        own_optimizer=optimizer,
+        own_scheduler=scheduler,
         content=content,
         keep_checkpoints=settings.keep_checkpoints,
         model=model,
@@ -328,8 +357,6 @@ def fit(
         data_collator=only_item,
         callbacks=callbacks,
     )
-    # Not as an argument: under FSDP the Trainer takes none, but FSDP2 spreads one that it has.
-    trainer.optimizer, trainer.lr_scheduler = optimizer, scheduler
     trainer.remove_callback(PrinterCallback)
     hand_back_freed_memory()
     with _quiet_libraries(), closing(progress):

@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from mllm.bench import parse_options
 from mllm.llm import load_llm
 from train.clip_evaluation import I2T, T2I, held_out_scenes
+from train.evidence import cells
 from train.evidence.cells import Cell, EvidenceOptions, language_model, train_language_model
 from train.evidence.claims import difference, share_of_gain
-from train.evidence.command import planned_cells, run
+from train.evidence.command import _minutes_left, planned_cells, run
 from train.evidence.experts import suppression, within_clusters
 from train.evidence.methods import METHODS, in_order
-from train.evidence.stand_in import make_untrained
+from train.evidence.stand_in import make_untrained, take_language_model
 from vision_moe import CLIPMoEModel, InputError, ffn_state_dict, load
 
 CLAIMS = {
@@ -152,12 +155,29 @@ def test_cells_side_by_side_find_the_same(
     assert list((tmp_path / "out").glob("worker-*.log"))
 
 
-def test_stand_in_learns_from_text_once(base: Path, tmp_path: Path) -> None:
+def test_stand_in_learns_from_text_and_pictures_once(tmp_path: Path) -> None:
+    small = ["data.num_pairs=16", "training={steps: 1, batch_size: 8, lr: 1.0e-3}"]
     options = EvidenceOptions(
-        out=str(tmp_path), base=str(base), num_text_scenes=8,
-        overrides={"evidence_llm": ["batch_rows=4"]},
+        out=str(tmp_path), num_text_scenes=8,
+        overrides={
+            "evidence_llm_clip": small,
+            "evidence_llm": ["batch_rows=4"],
+            "evidence_llm_pictures": TINY["evidence_mllm"],
+        },
     )  # fmt: skip
-    train_language_model(options)
+    seen: list[dict[str, Any]] = []
+
+    def watched(mllm: Path, folder: Path) -> None:
+        seen.append(yaml.safe_load((mllm / "recipe.yaml").read_text()))
+        take_language_model(mllm, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "take_language_model", watched)
+        train_language_model(options)
+    text, pictures = seen
+    assert [source["name"] for source in text["data"]] == ["jsonl"]
+    assert [source["name"] for source in pictures["data"]] == ["scenes_questions", "easy_vqa"]
+    assert text["tower"] == pictures["tower"] == str(tmp_path / "llm_clip")
     folder = Path(language_model(options))
     written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     trained, tokenizer = load_llm(os.fspath(folder))
@@ -168,6 +188,25 @@ def test_stand_in_learns_from_text_once(base: Path, tmp_path: Path) -> None:
     assert not torch.equal(trained.get_input_embeddings().weight[: len(words)], words)
     train_language_model(options)
     assert written == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_time_left_is_told_by_the_cells_of_this_run(
+    finished: Path, options: list[str], tmp_path: Path
+) -> None:
+    def planned(out: Path) -> list[Cell]:
+        changed = [*options[1:], f"out={out}"]
+        return planned_cells(parse_options(EvidenceOptions, changed))
+
+    assert all(cell.is_done for cell in planned(finished))
+    shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "dmu-1" / "scenes")
+    shutil.rmtree(tmp_path / "out" / "sparse-0")
+    every = planned(tmp_path / "out")
+    to_run = [cell for cell in every if not cell.is_done]
+    assert {cell.name for cell in to_run} == {"dmu-1", "sparse-0"}
+    earlier = [cell for cell in every if cell.is_done]
+    assert _minutes_left(earlier, to_run, 600) == "by an earlier run"
+    assert _minutes_left([*earlier, to_run[0]], to_run, 600) == "10 minutes left"
 
 
 def test_cells_with_another_configuration_are_refused(

@@ -118,6 +118,18 @@ def test_sharded_run_is_that_of_one_process_and_so_are_its_checkpoints(
     assert_same_run(run_recipe(recipe), alone, num_processes=1, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("config", ["deepspeed_zero2.yaml", "deepspeed_zero3.yaml"])
+@pytest.mark.usefixtures("one_thread")
+def test_deepspeed_comes_to_what_one_process_does(
+    recipe: InstructionRecipe, tmp_path: Path, config: str
+) -> None:
+    pytest.importorskip("deepspeed")
+    alone = run_recipe(recipe)
+    recipe.out = str(tmp_path / "spread")
+    launch(recipe, config)
+    assert_same_run(recipe.out, alone, num_processes=2, tolerance=1e-4)
+
+
 def test_units_are_blocks_of_language_model_and_tower(recipe: InstructionRecipe) -> None:
     model = load_model(recipe)[0]
     module: Any = training_module(recipe, model, set_parts(recipe, model))

@@ -69,7 +69,7 @@ class EvidenceOptions:
     seeds: tuple[Annotated[int, Ge(0)], ...] = (0, 1, 2)
     methods: tuple[str, ...] = tuple(METHODS)
     ablations: bool = False
-    mllm_methods: tuple[str, ...] = ("dense", "direct_ffn", "dmu")
+    mllm_methods: tuple[str, ...] = ("dense", "direct", "direct_ffn", "dmu")
     mllm_seeds: tuple[int, ...] | None = None
     base: str | None = None
     llm: str = "stand_in"
@@ -109,6 +109,13 @@ class Cell:
         """Whether an MLLM sees with its tower."""
         seeds = self.options.mllm_seeds
         return self.method in self.options.mllm_methods and (seeds is None or self.seed in seeds)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its folder holds all that :meth:`run` leaves."""
+        found = [*self.options.splits]
+        found += ["readers", *self.options.num_questions] if self.has_mllm else []
+        return all((self.folder / one / stages.RECORD).is_file() for one in found)
 
     def run(self) -> None:
         """Do what is not done yet."""
@@ -255,7 +262,7 @@ def base_folder(options: EvidenceOptions) -> Path:
 
 
 def prepare(options: EvidenceOptions) -> None:
-    """Make what several cells read: the base, unless one is given, and the stand-ins."""
+    """Make what several cells read: the base, unless one is given, and the stand-in."""
     if options.base is None:
         paths = {"out": base_folder(options), "seed": _BASE_SEED}
         run_recipe(_load("evidence_base", ContrastiveRecipe, options, paths))
@@ -271,31 +278,54 @@ def language_model(options: EvidenceOptions) -> str:
 
 
 def train_language_model(options: EvidenceOptions) -> None:
-    """Make the stand-in, one for all cells as a pretrained one is, unless another is given."""
+    """Make the stand-in, one for all cells as a pretrained one is, unless another is given.
+
+    It learns from text alone, then to look at pictures through the tower of a CLIP that no cell
+    starts from.
+    """
     if options.llm != "stand_in":
         return
+    of_clip = {"out": Path(options.out) / "llm_clip"}
+    clip = run_recipe(_load("evidence_llm_clip", ContrastiveRecipe, options, of_clip))
     with tempfile.TemporaryDirectory() as name:
         workspace = Path(name)
-        paths = {
-            "out": workspace / "mllm",
+        of_text = {
+            "out": workspace / "text",
             "llm": workspace / "untrained",
-            "tower": base_folder(options),
+            "tower": clip,
             "data.0.path": workspace / "questions.jsonl",
             "seed": _BASE_SEED,
         }
-        recipe = _load("evidence_llm", InstructionRecipe, options, paths)
-        config = {**dataclasses.asdict(recipe), "num_text_scenes": options.num_text_scenes}
-        for key in ("out", "llm", "tower", "data"):
-            del config[key]
+        of_pictures = {
+            "out": workspace / "pictures",
+            "llm": workspace / "reader",
+            "tower": clip,
+            "seed": _BASE_SEED,
+        }
+        text = _load("evidence_llm", InstructionRecipe, options, of_text)
+        pictures = _load("evidence_llm_pictures", InstructionRecipe, options, of_pictures)
 
         def make(folder: Path) -> None:
             make_untrained(workspace / "untrained", _BASE_SEED)
             write_questions(workspace / "questions.jsonl", options.num_text_scenes)
-            run_recipe(recipe)
-            take_language_model(workspace / "mllm", folder)
+            run_recipe(text)
+            take_language_model(workspace / "text", workspace / "reader")
+            run_recipe(pictures)
+            take_language_model(workspace / "pictures", folder)
 
+        config = {
+            "num_text_scenes": options.num_text_scenes,
+            "text": _without(text, "out", "llm", "tower", "data"),
+            "pictures": _without(pictures, "out", "llm", "tower"),
+        }
         folder = Path(language_model(options))
-        stages.run(Stage("stand-in language model", folder, config), make)
+        stages.run(Stage("stand-in language model", folder, config, [fingerprint_of(clip)]), make)
+
+
+def _without(recipe: InstructionRecipe, *keys: str) -> dict[str, Any]:
+    """A recipe as plain values, but for what says where things are for the moment."""
+    content = dataclasses.asdict(recipe)
+    return {key: value for key, value in content.items() if key not in keys}
 
 
 @lru_cache(maxsize=4)

@@ -98,10 +98,12 @@ def run(overrides: Sequence[str]) -> EvidenceReport:
     click.echo("base CLIP", err=True)
     prepare(options)
     done: list[Cell] = []
+    to_run = [cell for cell in cells if not cell.is_done]
     started = time.monotonic()
     for cell in finished(cells, options.workers, out):
         done.append(cell)
-        _say(cell.name, len(done), len(cells), started)
+        left = _minutes_left(done, to_run, time.monotonic() - started)
+        click.echo(f"\n[{len(done)}/{len(cells)}] {cell.name} done, {left}", err=True)
         missing = {one.seed for one in cells if one not in done}
         if cell.seed not in missing:  # what is known of whole seeds by now is written
             report = summarise(options, [one for one in cells if one.seed not in missing])
@@ -219,7 +221,9 @@ def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dic
     return made
 
 
-def _say(name: str, number: int, total: int, started: float) -> None:
-    """Which cell is done, and how long the others may take, by those before."""
-    left = (time.monotonic() - started) / number * (total - number) / 60
-    click.echo(f"\n[{number}/{total}] {name} done, {left:.0f} minutes left", err=True)
+def _minutes_left(done: Sequence[Cell], to_run: Sequence[Cell], seconds: float) -> str:
+    """By the cells of this run that are done; those of an earlier one took no time."""
+    number = sum(cell in done for cell in to_run)
+    if not number:
+        return "by an earlier run"
+    return f"{seconds / number * (len(to_run) - number) / 60:.0f} minutes left"
