@@ -24,6 +24,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from mllm.allocator import hand_back_freed_memory
@@ -364,6 +365,7 @@ def fit(
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        unset_hf_deepspeed_config()  # or ZeRO-3 would spread any model that is loaded from now on
         return Fitted(history, trainer.kept_state(whole) if whole else {})
     return Fitted(history, trainer.kept_state() if gather else None)
 

@@ -17,6 +17,7 @@ import train
 from mllm.model import load_mllm
 from train import run_recipe
 from train.config import save_resolved
+from train.engine import WholeCheckpointTrainer
 from train.instruction import load_model, training_module
 from train.recipe import (
     InstructionRecipe,
@@ -44,7 +45,9 @@ def recipe(recipe: InstructionRecipe, tmp_path: Path) -> InstructionRecipe:
 
 
 LAUNCH = Path(train.__file__).parent / "launch"
-FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
+FSDP_ON_CPU, INTERRUPTED = (
+    str(Path(__file__).with_name(name)) for name in ("fsdp_on_cpu.py", "interrupted.py")
+)
 
 
 def launch(
@@ -120,14 +123,37 @@ def test_sharded_run_is_that_of_one_process_and_so_are_its_checkpoints(
 
 @pytest.mark.parametrize("config", ["deepspeed_zero2.yaml", "deepspeed_zero3.yaml"])
 @pytest.mark.usefixtures("one_thread")
-def test_deepspeed_comes_to_what_one_process_does(
+def test_deepspeed_run_is_that_of_one_process_and_goes_on_when_stopped(
     recipe: InstructionRecipe, tmp_path: Path, config: str
 ) -> None:
     pytest.importorskip("deepspeed")
     alone = run_recipe(recipe)
-    recipe.out = str(tmp_path / "spread")
+    recipe.out, recipe.save_steps = str(tmp_path / "spread"), 1
+    launch(recipe, config, INTERRUPTED, stop_after=2)
+    checkpoints = Path(f"{recipe.out}.checkpoints")
+    assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
     launch(recipe, config)
     assert_same_run(recipe.out, alone, num_processes=2, tolerance=1e-4)
+
+
+def test_optimiser_that_deepspeed_drops_is_the_one_it_gets_again(
+    recipe: InstructionRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def history(out: Path) -> list[dict[str, float]]:
+        recipe.out = str(out)
+        log = json.loads((run_recipe(recipe) / "training_log.json").read_text())
+        keys = ("loss", "learning_rate", "grad_norm")
+        return [{key: entry[key] for key in keys} for entry in log["history"]]
+
+    original = WholeCheckpointTrainer.train
+
+    def drop_and_train(self: Any, **options: Any) -> Any:
+        self.optimizer = self.lr_scheduler = None  # as transformers' deepspeed_init begins
+        return original(self, **options)
+
+    plain = history(tmp_path / "plain")
+    monkeypatch.setattr(WholeCheckpointTrainer, "train", drop_and_train)
+    assert history(tmp_path / "dropped") == plain
 
 
 def test_units_are_blocks_of_language_model_and_tower(recipe: InstructionRecipe) -> None:
