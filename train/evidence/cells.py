@@ -113,7 +113,7 @@ class Cell:
     @property
     def is_done(self) -> bool:
         """Whether its folder holds all that :meth:`run` leaves."""
-        found = [*self.options.splits]
+        found: list[str] = [*self.options.splits]
         found += ["readers", *self.options.num_questions] if self.has_mllm else []
         return all((self.folder / one / stages.RECORD).is_file() for one in found)
 
