@@ -55,14 +55,6 @@ def runs_frozen_blocks(language_model: PreTrainedModel, rows: LineOfRows) -> boo
     )
 
 
-def num_filling_tokens(num_tokens: int) -> int:
-    """How many, of no row, bring a line to a round length; less than one in 32.
-
-    oneDNN compiles its kernels anew for every length.
-    """
-    return -num_tokens % (1 << (num_tokens // 64).bit_length())
-
-
 class FrozenBlock:
     """Stands for ``forward`` of a block.
 

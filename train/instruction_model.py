@@ -15,11 +15,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mllm.tiles import pack_views
 from train.chunked_loss import summed_loss
-from train.frozen_blocks import num_filling_tokens, runs_frozen_blocks, use_frozen_blocks
+from train.frozen_blocks import runs_frozen_blocks, use_frozen_blocks
 from train.instruction_data import PADDING, shared_prefix_mask
 from train.router_losses import RouterLosses, RouterSettings
 from train.row_attention import LineOfRows, use_row_attention
 from train.row_threads import run_in_threads
+from vision_moe import num_filling_rows
 
 
 class InstructionModel(nn.Module):
@@ -128,7 +129,7 @@ class InstructionModel(nn.Module):
             return read(embeddings, position_ids, rows)
 
         def read_part(part: Tensor, place: slice, its_rows: LineOfRows) -> Tensor:
-            extra = num_filling_tokens(part.shape[1])
+            extra = num_filling_rows(part.shape[1])
             line = F.pad(part, (0, 0, 0, extra))
             positions = F.pad(position_ids[:, place], (0, extra))
             hidden: Tensor = read(line, positions, its_rows).last_hidden_state

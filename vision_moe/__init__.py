@@ -35,7 +35,7 @@ from vision_moe.modeling import (
 )
 from vision_moe.moe import MoEFeedForward, load_balancing_loss
 from vision_moe.preprocessing import open_image, to_rgb
-from vision_moe.products import pytorch_products
+from vision_moe.products import num_filling_rows, pytorch_products
 from vision_moe.quiet import no_library_progress_bars
 from vision_moe.retrieval import (
     RetrievalRanks,
@@ -124,6 +124,7 @@ __all__ = [
     "load_ffn_state_dict",
     "moe_layers",
     "no_library_progress_bars",
+    "num_filling_rows",
     "num_occupied_clusters",
     "open_clip_description",
     "open_image",

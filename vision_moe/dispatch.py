@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vision_moe.feed_forward import FFNParts
 from vision_moe.low_rank import LowRankExperts
-from vision_moe.products import grouped_linear, linear
+from vision_moe.products import grouped_linear, linear, num_filling_rows
 
 #: Tokens that go through an expert at once on a CPU; ``(512, H)`` fp32 is 8 MB in ViT-L.
 _PIECE = 512
@@ -125,8 +125,12 @@ def _combine(grouped: Tensor, weights: Tensor, pairs: SortedPairs) -> Tensor:
 def _run_loop(experts: nn.ModuleList, x: Tensor, pairs: SortedPairs) -> Tensor:
     """``(S, D)``. Experts without a token run on an empty slice: they stay in the graph with zero
     gradients, and data-parallel training does not wait for them forever."""
-    groups = x.index_select(0, pairs.token).split(pairs.counts.tolist())
-    outputs = [expert(group) for expert, group in zip(experts, groups, strict=True)]
+    fills = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    outputs = []
+    for expert, token in zip(experts, pairs.token.split(pairs.counts.tolist()), strict=True):
+        extra = num_filling_rows(len(token)) if fills else 0                # copies of token 0
+        group = x.index_select(0, nn.functional.pad(token, (0, extra)))
+        outputs.append(expert(group)[: len(token)])
     return torch.cat(outputs)
 
 

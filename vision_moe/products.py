@@ -32,6 +32,14 @@ def pytorch_products() -> Iterator[None]:
         _onednn = before
 
 
+def num_filling_rows(num_rows: int) -> int:
+    """How many more bring a product to a round number of rows; less than one in 32.
+
+    In bf16 on a CPU oneDNN compiles a kernel anew for every number.
+    """
+    return -num_rows % (1 << (num_rows // 64).bit_length())
+
+
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)`` for a linear layer and ``(S, in)``; in fp32 inference on a CPU by oneDNN."""
     if not _suits_onednn(layer, x):

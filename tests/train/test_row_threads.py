@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.frozen_blocks import num_filling_tokens
 from train.instruction_data import PADDING
 from train.instruction_model import InstructionModel
 from train.lora import inject_lora
 from train.recipe import LLMTraining
 from train.row_attention import LineOfRows
 from train.row_threads import run_in_threads
+from vision_moe import num_filling_rows
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +167,7 @@ def test_filling_tokens_change_nothing(
     bare = step(model, threads)
     lengths: list[int] = []
     monkeypatch.setattr(
-        "train.instruction_model.num_filling_tokens", lambda number: lengths.append(number) or 5
+        "train.instruction_model.num_filling_rows", lambda number: lengths.append(number) or 5
     )
     filled = step(model, threads)
     assert sum(lengths) == int((BRANCHES != PADDING).sum()) and len(lengths) == threads
@@ -176,6 +176,6 @@ def test_filling_tokens_change_nothing(
 
 
 def test_lines_are_filled_to_few_lengths() -> None:
-    filled = {number + num_filling_tokens(number) for number in range(512, 1024)}
+    filled = {number + num_filling_rows(number) for number in range(512, 1024)}
     assert len(filled) == 33
-    assert all(0 <= 32 * num_filling_tokens(number) < number for number in range(1, 4000))
+    assert all(0 <= 32 * num_filling_rows(number) < number for number in range(1, 4000))

@@ -123,6 +123,28 @@ def test_compiled_gradients_equal_definition(layer: MoEFeedForward) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
 
 
+def test_groups_filled_to_a_round_number_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = make_layer("plain"), torch.randn(31, WIDTH)
+
+    def gradients(num_filling: int) -> list[Tensor]:
+        asked: list[int] = []
+        monkeypatch.setattr(
+            dispatch_module, "num_filling_rows", lambda number: asked.append(number) or num_filling
+        )
+        layer.zero_grad()
+        tokens = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = layer(tokens)
+        output.float().square().sum().backward()
+        assert sum(asked) == 31 * layer.top_k
+        found = [parameter.grad for parameter in layer.parameters()]
+        return [output.detach(), *(one for one in [tokens.grad, *found] if one is not None)]
+
+    for bare, filled in zip(gradients(0), gradients(5), strict=True):
+        # Equal when measured; products of other shapes may add up in another order.
+        torch.testing.assert_close(filled, bare, atol=0.03 * float(bare.abs().max()), rtol=0)
+
+
 @pytest.mark.parametrize("trace", [False, True])
 def test_every_parameter_has_a_gradient_after_one_token(
     layer: MoEFeedForward, trace: bool

@@ -69,7 +69,7 @@ class EvidenceOptions:
     seeds: tuple[Annotated[int, Ge(0)], ...] = (0, 1, 2)
     methods: tuple[str, ...] = tuple(METHODS)
     ablations: bool = False
-    mllm_methods: tuple[str, ...] = ("dense", "direct_ffn", "dmu")
+    mllm_methods: tuple[str, ...] = ("dense", "direct", "direct_ffn", "dmu")
     mllm_seeds: tuple[int, ...] | None = None
     base: str | None = None
     llm: str = "stand_in"

@@ -41,7 +41,7 @@ METHODS: dict[str, Method] = {
     "dmu": Method("CLIP-MoE (DMU)"),
     "as_trained": Method(
         "DMU, put together as in the paper",
-        ("expert_spread=1", "base_share=0", "router.global_share=1"),
+        ("expert_spread=1", "router.global_share=1"),
         stages_of="dmu",
     ),
     "random_batches": Method(
@@ -69,7 +69,7 @@ ABLATIONS: dict[str, Method] = {
     "global_share_0": Method("in-cluster batches alone", ("global_share=0",)),
     "spread_25": Method("spread 0.25", ("expert_spread=0.25",), stages_of="dmu"),
     "spread_75": Method("spread 0.75", ("expert_spread=0.75",), stages_of="dmu"),
-    "base_share_0": Method("no share of the base", ("base_share=0",), stages_of="dmu"),
+    "base_share_20": Method("a fifth of the base in each", ("base_share=0.2",), stages_of="dmu"),
     "patch_loss_0": Method(
         "no loss on patch tokens", ("stage.patch_loss=0", "router.patch_loss=0")
     ),
