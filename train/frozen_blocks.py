@@ -4,9 +4,10 @@ The same function as transformers' own block under bf16 autocast, in fewer passe
 
 weights    in bf16 once, not anew in every step; no weight has a gradient, no product computes one;
            what a mapped file holds of them in fp32 leaves the memory until it is used again
-norms      their gains stand in the weights behind them; what the backward pass keeps is bf16
+norms      one pass with the sum before them (:mod:`train.fused_passes`); their gains stand in the
+           weights behind them; what the backward pass keeps is bf16
 products   queries, keys and values are one, gate and up are one; so are their adapters
-attention  row by row (:mod:`train.row_attention`), behind a rotation in place of five passes
+attention  row by row (:mod:`train.row_attention`), turned to its positions on the way there
 SwiGLU     keeps its two inputs, and computes the rest again
 
 Adapters (LoRA) train inside of it. T tokens, M that are read of the last block, D width, F width
@@ -28,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from mllm.mapped_files import release_file_pages
+from train.fused_passes import add_and_normalize, normalize_backward, swiglu_backward
 from train.row_attention import LineOfRows, attend
 from train.sharding import weights_are_spread
 
@@ -100,16 +102,16 @@ class FrozenBlock:
         attention = self.layer.self_attn
         num_heads = attention.config.num_attention_heads
         eps = self.layer.input_layernorm.variance_epsilon
-        cos, sin = (one[0, :, None].float() for one in position_embeddings)      # (T, 1, d)
-        x = hidden_states[0].float()
-        heads = weights.heads(_norm(x, eps)).unflatten(-1, (-1, cos.shape[-1]))  # (T, H + 2 K, d)
-        heads = _Rotate.apply(heads, num_heads, cos, sin)
-        mixed = attend(heads, num_heads, rows, attention.scaling).flatten(1)     # (T, H d)
+        cos, sin = (one[0].float() for one in position_embeddings)               # (T, d)
+        x, normed = _add_and_norm(hidden_states[0].float(), None, eps)
+        heads = weights.heads(normed).unflatten(-1, (-1, cos.shape[-1]))         # (T, H + 2 K, d)
+        mixed = attend(heads, num_heads, rows, attention.scaling, (cos, sin))    # (T, H, d)
+        mixed = mixed.flatten(1)
         read = rows.read if self.is_last else None
         if read is not None:
             x, mixed = x.index_select(0, read), mixed.index_select(0, read)      # of M tokens
-        x = x + weights.output(mixed)
-        inner = _SwiGLU.apply(weights.gate_and_up(_norm(x, eps)))                # (T, F)
+        x, normed = _add_and_norm(x, weights.output(mixed), eps)
+        inner = _SwiGLU.apply(weights.gate_and_up(normed))                       # (T, F)
         x = x + weights.down(inner)
         if read is not None:
             x = torch.zeros_like(hidden_states[0], dtype=x.dtype).index_copy(0, read, x)
@@ -235,56 +237,30 @@ def _adapter_of(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
 
 
-def _norm(x: Tensor, eps: float) -> Tensor:
-    normed: Tensor = _Norm.apply(x, eps)
-    return normed
+def _add_and_norm(x: Tensor, update: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """``x`` and what is added to it, fp32, and that divided by its root mean square, bf16."""
+    total, normed = _AddAndNorm.apply(x, update, eps)
+    return total, normed
 
 
-class _Norm(torch.autograd.Function):
-    """``x / rms(x)`` over the last dimension, fp32 in, bf16 out."""
-
+class _AddAndNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
-        normed = (x * scale).to(_FORMAT)
+    def forward(
+        ctx: Any, x: Tensor, update: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, normed, scale = add_and_normalize(x, update, eps)
         ctx.save_for_backward(normed, scale)
-        return normed
+        ctx.has_update = update is not None
+        return total if ctx.has_update else x.view_as(x), normed
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        normed, scale = ctx.saved_tensors
-        normed, grad = normed.float(), grad.float()
-        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / normed.shape[-1]
-        return grad.addcmul_(normed, along, value=-1).mul_(scale), None
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotary positions of queries and keys ``(T, H + 2 K, d)``; values stay."""
-
-    @staticmethod
-    def forward(ctx: Any, heads: Tensor, num_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-        num_turned = (heads.shape[1] + num_heads) // 2
-        ctx.save_for_backward(cos, sin)
-        ctx.num_turned = num_turned
-        return _turn(heads, num_turned, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, ctx.num_turned, cos, -sin), None, None, None
-
-
-def _turn(heads: Tensor, num_turned: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first ``num_turned`` of the heads ``(T, ., d)``, each half by the other, in fp32."""
-    half = heads.shape[-1] // 2
-    cos, sin = cos[..., :half], sin[..., :half]
-    first, second = heads[:, :num_turned].float().split(half, dim=-1)
-    turned = torch.empty_like(heads)
-    turned[:, num_turned:] = heads[:, num_turned:]
-    turned[:, :num_turned, :half] = (first * cos).addcmul_(second, sin, value=-1)
-    turned[:, :num_turned, half:] = (second * cos).addcmul_(first, sin)
-    return turned
+    def backward(
+        ctx: Any, grad_total: Tensor, grad_normed: Tensor
+    ) -> tuple[Tensor, Tensor | None, None]:
+        grad, half = normalize_backward(
+            grad_normed, *ctx.saved_tensors, grad_total, ctx.has_update
+        )
+        return grad, half if ctx.has_update else None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -299,9 +275,5 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_and_up,) = ctx.saved_tensors
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_and_up)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        torch.ops.aten.silu_backward(grad * up, gate, grad_input=grad_gate)
-        return out
+        grads: Tensor = swiglu_backward(grad, gate_and_up)
+        return grads

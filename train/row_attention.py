@@ -9,6 +9,7 @@ B rows, L tokens of the longest, l of one, T of all, H heads, K key-value heads,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from train.fused_passes import by_head, by_token
 
 ROW_ATTENTION = "rows"
 
@@ -58,13 +61,29 @@ class LineOfRows:
             ]
         return self._biases[num_heads]
 
+    @property
+    def ends(self) -> Tensor:
+        """``(B,)``, of the rows in the line."""
+        return self.lengths.cumsum(0)
+
+    def pieces(self, line: Tensor) -> Iterator[Tensor]:
+        """Of each row ``(N, l, d)``, for a line ``(T, N, d)`` as
+        :func:`train.fused_passes.by_head` gives it."""
+        _, num_heads, width = line.shape
+        heads = line.view(-1, width)
+        start = 0
+        for length in self.lengths.tolist():
+            stop = start + num_heads * length
+            yield heads[start:stop].view(num_heads, length, width)
+            start = stop
+
     def parts(self, count: int) -> list[tuple[slice, LineOfRows]]:
         """Rows in a row, as evenly by tokens as they can be split; with their place in the line.
 
         Args:
             count: Of parts; no more than there are rows.
         """
-        ends = [0, *self.lengths.cumsum(0).tolist()]                   # of rows, in the line
+        ends = [0, *self.ends.tolist()]                                # of rows, in the line
         length = self.bias.shape[-1]
         parts, first = [], 0
         for number in range(1, count + 1):
@@ -140,7 +159,11 @@ def row_attention(
 
 
 def attend(
-    heads: Tensor, num_heads: int, rows: LineOfRows, scaling: float | None = None
+    heads: Tensor,
+    num_heads: int,
+    rows: LineOfRows,
+    scaling: float | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Plain products, row by row.
 
@@ -149,14 +172,21 @@ def attend(
         num_heads: H.
         rows: Where they are in the line.
         scaling: Of the products; ``d ** -0.5`` by default.
+        positions: Cosine and sine, each ``(T, d)`` fp32 with two equal halves, of the rotary
+            positions that queries and keys in bf16 are turned to; they are by now without.
 
     Returns:
         ``(T, H, d)``, 0 after the last row.
     """
     scaling = heads.shape[-1] ** -0.5 if scaling is None else scaling
+    half = heads.shape[-1] // 2
+    if positions is None:
+        cos = sin = torch.empty(0, 0, device=heads.device)
+    else:
+        cos, sin = (one[:, :half].contiguous() for one in positions)
     # Outside of autocast, which would widen all of it: the sums inside are in fp32 anyway.
     with torch.autocast(heads.device.type, enabled=False):
-        mixed: Tensor = _Attend.apply(heads, num_heads, rows, scaling)
+        mixed: Tensor = _Attend.apply(heads, num_heads, rows, scaling, cos, sin)
     return mixed
 
 
@@ -165,65 +195,61 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, heads: Tensor, num_heads: int, rows: LineOfRows, scaling: float
+        ctx: Any,
+        heads: Tensor,
+        num_heads: int,
+        rows: LineOfRows,
+        scaling: float,
+        cos: Tensor,
+        sin: Tensor,
     ) -> Tensor:
         num_keys = (heads.shape[1] - num_heads) // 2
-        biases = rows.biases(num_heads // num_keys)
+        num_turned = num_heads + num_keys if len(cos) else 0
+        pieces = by_head(heads, rows.ends, cos, sin, num_turned)
         mixed = heads.new_empty(heads.shape[0], num_heads, heads.shape[2])
         kept = []
-        start = 0
-        for bias in biases:
-            place = slice(start, start := start + bias.shape[1])
-            query, key, value = _of_row(heads[place], num_heads, num_keys)
+        biases = rows.biases(num_heads // num_keys)
+        for bias, inside, out in zip(biases, rows.pieces(pieces), rows.pieces(mixed), strict=True):
+            query, key, value = _grouped(inside, num_heads, num_keys)
             scores = torch.baddbmm(
                 bias.expand(num_keys, -1, -1), query, key.transpose(1, 2), alpha=scaling
             )
-            weights = scores.softmax(-1, dtype=torch.float32).to(heads.dtype)
-            mixed[place] = _by_token(weights @ value, num_heads)
+            weights = scores.softmax(-1)                               # in fp32 inside
+            torch.bmm(weights, value, out=out.view_as(query))
             kept.append(weights)
-        mixed[start:] = 0
-        ctx.save_for_backward(heads, *kept)
-        ctx.num_heads, ctx.scaling = num_heads, scaling
-        return mixed
+        ctx.save_for_backward(pieces, cos, sin, *kept)
+        ctx.rows, ctx.num_heads, ctx.num_turned, ctx.scaling = rows, num_heads, num_turned, scaling
+        return by_token(mixed, rows.ends, cos, sin, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        heads, *kept = ctx.saved_tensors
-        num_heads = ctx.num_heads
-        num_keys = (heads.shape[1] - num_heads) // 2
-        grad_heads = torch.empty_like(heads)
-        start = 0
-        for weights in kept:
-            place = slice(start, start := start + weights.shape[2])
-            query, key, value = _of_row(heads[place], num_heads, num_keys)
-            grad_mixed = _by_head(grad[place], num_keys)
-            grad_weights = grad_mixed @ value.transpose(1, 2)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        pieces, cos, sin, *kept = ctx.saved_tensors
+        rows, num_heads = ctx.rows, ctx.num_heads
+        num_keys = (pieces.shape[1] - num_heads) // 2
+        grad_mixed = by_head(grad, rows.ends, cos, sin, 0)
+        grad_pieces = torch.empty_like(pieces)
+        parts = (rows.pieces(one) for one in (pieces, grad_mixed, grad_pieces))
+        for weights, inside, grad_out, grad_inside in zip(kept, *parts, strict=True):
+            query, key, value = _grouped(inside, num_heads, num_keys)
+            grad_query, grad_key, grad_value = _grouped(grad_inside, num_heads, num_keys)
+            grad_out = grad_out.view_as(query)
+            grad_weights = grad_out @ value.transpose(1, 2)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            out = grad_heads[place]
-            out[:, :num_heads] = _by_token(grad_scores @ key, num_heads).mul_(ctx.scaling)
-            grad_key = (grad_scores.transpose(1, 2) @ query).mul_(ctx.scaling)
-            out[:, num_heads : num_heads + num_keys] = grad_key.transpose(0, 1)
-            grad_value = weights.transpose(1, 2) @ grad_mixed
-            out[:, num_heads + num_keys :] = grad_value.transpose(0, 1)
-        grad_heads[start:] = 0
-        return grad_heads, None, None, None
+            _scaled_product(grad_scores, key, ctx.scaling, grad_query)
+            _scaled_product(grad_scores.transpose(1, 2), query, ctx.scaling, grad_key)
+            torch.bmm(weights.transpose(1, 2), grad_out, out=grad_value)
+        grad_heads = by_token(grad_pieces, rows.ends, cos, -sin, ctx.num_turned)
+        return grad_heads, None, None, None, None, None
 
 
-def _of_row(heads: Tensor, num_heads: int, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+def _grouped(inside: Tensor, num_heads: int, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """``(K, H/K * l, d)`` queries, of all heads that share a key; keys and values ``(K, l, d)``."""
-    query, key, value = heads.split([num_heads, num_keys, num_keys], dim=1)
-    return _by_head(query, num_keys), key.transpose(0, 1), value.transpose(0, 1)
+    query, key, value = inside.split([num_heads, num_keys, num_keys])
+    return query.view(num_keys, -1, query.shape[-1]), key, value
 
 
-def _by_head(tokens: Tensor, num_keys: int) -> Tensor:
-    """``(l, H, d)`` as ``(K, H/K * l, d)``."""
-    length, _, width = tokens.shape
-    return tokens.transpose(0, 1).reshape(num_keys, -1, width)
-
-
-def _by_token(tokens: Tensor, num_heads: int) -> Tensor:
-    """``(K, H/K * l, d)`` as ``(l, H, d)``."""
-    return tokens.view(num_heads, -1, tokens.shape[2]).transpose(0, 1)
+def _scaled_product(one: Tensor, other: Tensor, scaling: float, out: Tensor) -> None:
+    torch.baddbmm(out, one, other, beta=0, alpha=scaling, out=out)
 
 
 AttentionInterface.register(ROW_ATTENTION, row_attention)

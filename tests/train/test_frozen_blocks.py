@@ -130,7 +130,7 @@ def stays_stock(model: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
     def refuse(*_: Any) -> None:
         raise AssertionError("the frozen block's way was taken")
 
-    monkeypatch.setattr(train.frozen_blocks, "_norm", refuse)
+    monkeypatch.setattr(train.frozen_blocks, "_add_and_norm", refuse)
     run(model)
     return True
 
