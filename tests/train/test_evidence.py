@@ -3,10 +3,15 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -289,3 +294,36 @@ def test_tables_and_pictures_are_written(finished: Path) -> None:
     assert "| retrieval_vs_dense |" in text
     names = ("claims", "retrieval", "factors", "questions", "suppression")
     assert all((finished / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+# Begins a worker that says who it is, and would then work for a long time.
+PARENT = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from train.evidence.workers import _start
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _start, (1, Path.cwd())) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 250).result()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asks POSIX who is there")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    with subprocess.Popen(
+        [sys.executable, script], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(300):
+        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie":
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker goes on")

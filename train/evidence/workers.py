@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -55,6 +56,15 @@ def _start(threads: int, out: Path) -> None:
     os.close(log)
     torch.set_num_threads(threads)
     keep_freed_memory()
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would go on, beside those of the run that is begun again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(chain: Sequence[Cell]) -> Sequence[Cell]:
