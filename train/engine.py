@@ -27,7 +27,7 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from mllm.allocator import hand_back_freed_memory
+from mllm.allocator import grow_in_huge_pages, hand_back_freed_memory
 from train import checkpoints
 from train.checkpoints import Content
 from train.instruction_data import only_item
@@ -360,6 +360,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     hand_back_freed_memory()
+    grow_in_huge_pages()
     with _quiet_libraries(), closing(progress):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
