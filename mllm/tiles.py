@@ -79,7 +79,8 @@ def to_tiles(model: Any, processor: Any, image_processor: Any, seed: int = 0) ->
         new.model.multi_modal_projector = model.model.multi_modal_projector
         new.lm_head = model.lm_head
         width = old.text_config.hidden_size
-        drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(width, generator=generator, device="cpu") / math.sqrt(width)
         weight = next(model.model.multi_modal_projector.parameters())
         new.model.image_newline = nn.Parameter(drawn.to(weight.device, weight.dtype))
         new.generation_config = model.generation_config

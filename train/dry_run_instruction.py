@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from mllm.tiles import is_tiled, num_views
 from train.estimate import estimate_step, planned_rows
 from train.instruction_sources import load_sources
 from train.parts import PARTS
@@ -25,9 +26,13 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     planned = planned_model(recipe)
     config: Any = planned.model.config
     vision, text = config.vision_config, config.text_config
+    tiles = ""
+    if is_tiled(planned.model):
+        most = max(num_views(planned.model, size) for size in config.image_grid_pinpoints)
+        tiles = f" and up to {most - 1} tiles as large"
     yield (
-        f"picture {vision.image_size} px -> {config.image_seq_length} tokens of width"
-        f" {vision.hidden_size} -> connector -> {text.hidden_size};"
+        f"picture {vision.image_size} px{tiles} -> {config.image_seq_length} tokens of width"
+        f" {vision.hidden_size}{' each' if tiles else ''} -> connector -> {text.hidden_size};"
         f" context {text.max_position_embeddings:,} tokens"
     )
     rows, plan = planned_rows(recipe, planned, data)
@@ -42,7 +47,7 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
             f"{len(rows):,} rows; {len(plan.batches):,} batches, {plan.gradient_accumulation} to a"
             f" step, {plan.steps:,} steps, {tokens:,} tokens"
         )
-    estimate = estimate_step(recipe, planned, rows, plan)
+    estimate = estimate_step(recipe, planned, rows, plan, data)
     yield f"{'part':<12}{'parameters':>16}{'that train':>16}  how"
     for part in PARTS:
         if (count := estimate.num_parameters.get(part)) is None:

@@ -7,6 +7,7 @@ B rows, L padded length, I pictures.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mllm.allocator import heap_holes
 from mllm.llm import EMBEDDED_LLM, embedded_llm_folder
 from mllm.mapped_files import holds_fp32
+from mllm.tiles import is_tiled, num_views
 from train.fake import PeakMemory, to_fake
 from train.frozen_blocks import FrozenBlock
 from train.instruction import RunPlan, build_rows, optimizer_of, plan_run, training_module
@@ -35,11 +37,15 @@ from train.recipe import InstructionRecipe, Recipe
 from train.row_threads import in_one_thread
 from train.sources.base import InstructionData
 from train.starting_model import set_parts
+from train.tiled_pictures import TiledPictures, picture_sizes
 from vision_moe import InputError
 
 # A four-bit weight with its doubly quantised scales: 4 bits, one byte for 64 of them, and a
 # 32-bit number for each 256 of those bytes.
 _NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+
+# Of a batch: what a step looks into on its way.
+_READ = ("row_lengths", "image_sizes")
 
 _GB = 1e9
 
@@ -111,28 +117,34 @@ def estimate(recipe: Recipe) -> Estimate:
         raise InputError("estimates are for recipes of kind 'instruction'")
     planned = planned_model(recipe)
     try:
-        data = load_sources(recipe.data, recipe.seed) if planned.processor else None
+        data = load_sources(recipe.data, recipe.seed) if planned.counts_tokens else None
     except InputError as error:
         planned.notes.append(f"the data cannot be read ({error}): the largest batch is assumed")
         data = None
     rows, plan = planned_rows(recipe, planned, data)
-    return estimate_step(recipe, planned, rows, plan)
+    return estimate_step(recipe, planned, rows, plan, data)
 
 
 def planned_rows(
     recipe: InstructionRecipe, planned: PlannedModel, data: InstructionData | None
 ) -> tuple[Sequence[Row], RunPlan | None]:
     """The rows that the run would see, if tokenizer and data are there."""
-    if planned.processor is None or data is None:
+    if not planned.counts_tokens or data is None:
         return [], None
-    rows = build_rows(recipe, planned.model, planned.processor, data.samples)
+    model, processor = planned.model, planned.processor
+    of_views = TiledPictures(model, processor, data).num_tokens if is_tiled(model) else None
+    rows = build_rows(recipe, model, processor, data.samples, of_views)
     return rows, plan_run(recipe, rows)
 
 
 def estimate_step(
-    recipe: InstructionRecipe, planned: PlannedModel, rows: Sequence[Row], plan: RunPlan | None
+    recipe: InstructionRecipe,
+    planned: PlannedModel,
+    rows: Sequence[Row],
+    plan: RunPlan | None,
+    data: InstructionData | None,
 ) -> Estimate:
-    """Run the largest step without content."""
+    """Run the largest step without content; ``rows`` and ``plan`` are of the ``data``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = use_bf16(recipe.precision)
     speed = _flops_per_second(device, bf16)
@@ -152,14 +164,14 @@ def estimate_step(
     }
     parts = dataclasses.replace(parts, parameters=trained)
     optimizer = optimizer_of(recipe, parts)
-    batch = _largest_batch(recipe, planned, rows, plan)
+    batch = _largest_batch(recipe, model, rows, plan, data)
     counter: Any = FlopCounterMode(display=False)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     with even_routing(), in_one_thread(), mode, PeakMemory() as memory, counter:
         # Here, as it may keep weights in another format.
         wrapped = training_module(recipe, model, parts).train()
         inputs = {
-            name: one if name == "row_lengths" else torch.empty_like(one, device=device)
+            name: one if name in _READ else torch.empty_like(one, device=device)
             for name, one in batch.items()
         }
         for _ in range(2):  # the optimiser's state is there from the second step on
@@ -262,29 +274,33 @@ def _is_mapped(name: str) -> bool:
 
 
 def _largest_batch(
-    recipe: InstructionRecipe, planned: PlannedModel, rows: Sequence[Row], plan: RunPlan | None
+    recipe: InstructionRecipe,
+    model: Any,
+    rows: Sequence[Row],
+    plan: RunPlan | None,
+    data: InstructionData | None,
 ) -> dict[str, Tensor]:
     """By tokens with padding; where there are no rows, as many as the recipe allows."""
-    config: Any = planned.model.config
-    vision = config.vision_config
-    side = vision.image_size
-    height, width = (side, side) if isinstance(side, int) else side
+    if plan is not None and data is not None:
+        known = picture_sizes(data) if is_tiled(model) else None
 
-    def pictures(image_keys: Any) -> dict[str, Tensor]:
-        if recipe.trainable.tower_trains:
-            return {"pixel_values": torch.empty(len(image_keys), 3, height, width)}
-        shape = (len(image_keys), _tower_tokens(config), vision.hidden_size)
-        return {"image_features": torch.empty(shape)}
+        def pictures(image_keys: Sequence[int]) -> dict[str, Tensor]:
+            sizes = None if known is None else [known[key] for key in image_keys]
+            return _seen(recipe, model, len(image_keys), sizes)
 
-    if plan is not None:
         numbers = max(
             plan.batches, key=lambda one: len(one) * max((len(rows[row]) for row in one), default=0)
         )
         return collate([rows[number] for number in numbers], pictures, 0)
+    config = model.config
     context = recipe.max_length or config.text_config.max_position_embeddings
     length = min(context, max(1, recipe.max_tokens_per_batch // recipe.batch_rows))
     labels = recipe.batch_rows * max(1, length - config.image_seq_length) // 2
     places = torch.zeros(recipe.batch_rows, length, dtype=torch.int64)
+    sizes = None
+    if is_tiled(model):
+        largest = max(config.image_grid_pinpoints, key=math.prod)
+        sizes = [(int(largest[0]), int(largest[1]))] * recipe.batch_rows
     return {
         "input_ids": places,
         "position_ids": places,
@@ -294,8 +310,27 @@ def _largest_batch(
         "label_positions": torch.zeros(labels, dtype=torch.int64),
         "labels": torch.zeros(labels, dtype=torch.int64),
         "read_tokens": torch.zeros(labels, dtype=torch.int64),
-        **pictures(range(recipe.batch_rows)),
+        **_seen(recipe, model, recipe.batch_rows, sizes),
     }
+
+
+def _seen(
+    recipe: InstructionRecipe, model: Any, count: int, sizes: Sequence[tuple[int, int]] | None
+) -> dict[str, Tensor]:
+    """What a step reads of ``count`` pictures; of those shown in tiles, their ``sizes``."""
+    config = model.config
+    vision = config.vision_config
+    if sizes is not None:
+        count = sum(num_views(model, size) for size in sizes)
+    if recipe.trainable.tower_trains:
+        side = vision.image_size
+        height, width = (side, side) if isinstance(side, int) else side
+        seen = {"pixel_values": torch.empty(count, 3, height, width)}
+    else:
+        seen = {"image_features": torch.empty(count, _tower_tokens(config), vision.hidden_size)}
+    if sizes is not None:
+        seen["image_sizes"] = torch.tensor(sizes).reshape(-1, 2)
+    return seen
 
 
 def _tower_tokens(config: Any) -> int:

@@ -32,6 +32,7 @@ from transformers import (
 
 from mllm.building import build_llava, with_connector
 from mllm.chat_template import set_chat_template
+from mllm.images import with_images
 from mllm.llm import EMBEDDED_LLM, embedded_llm_folder
 from train.config import load_recipe, shipped_recipes
 from train.known_models import known_llm, known_tower
@@ -46,12 +47,14 @@ class PlannedModel:
 
     Attributes:
         model: On the meta device.
-        processor: ``None`` where a tokenizer cannot be had here.
+        processor: Its processor.
+        counts_tokens: Whether that has the model's tokenizer; else one that cannot be had here.
         notes: What was assumed.
     """
 
     model: LlavaForConditionalGeneration
-    processor: LlavaProcessor | None
+    processor: LlavaProcessor
+    counts_tokens: bool = True
     notes: list[str] = field(default_factory=list)
 
 
@@ -63,9 +66,14 @@ def planned_model(recipe: InstructionRecipe) -> PlannedModel:
             nor one whose architecture is known; or its parts do not fit.
     """
     with even_routing():
-        if recipe.init_from is not None:
-            return _planned_successor(recipe)
-        return _planned_from_parts(recipe)
+        successor = recipe.init_from is not None
+        planned = _planned_successor(recipe) if successor else _planned_from_parts(recipe)
+        with torch.device("meta"):
+            planned.model, planned.processor = with_images(
+                planned.model, planned.processor, recipe.images, recipe.image_size,
+                recipe.image_grid, recipe.seed,
+            )  # fmt: skip
+        return planned
 
 
 def _planned_from_parts(recipe: InstructionRecipe) -> PlannedModel:
@@ -86,7 +94,7 @@ def _planned_from_parts(recipe: InstructionRecipe) -> PlannedModel:
             vision_feature_select_strategy=recipe.vision_feature_select_strategy,
             connector=recipe.connector,
         )
-    return PlannedModel(model, processor if tokenizer else None, notes)
+    return PlannedModel(model, processor, tokenizer is not None, notes)
 
 
 def _planned_successor(recipe: InstructionRecipe) -> PlannedModel:
@@ -108,7 +116,7 @@ def _planned_successor(recipe: InstructionRecipe) -> PlannedModel:
     if recipe.tower is not None:
         tower_config, _ = _tower(recipe.tower, planned.notes)
         planned.model.model.vision_tower = _meta_tower(tower_config)
-    if recipe.connector is not None and planned.processor is not None:
+    if recipe.connector is not None:
         planned.model = with_connector(planned.model, planned.processor, recipe.connector)
     return planned
 

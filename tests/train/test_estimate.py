@@ -33,6 +33,17 @@ def test_planned_parts_and_steps_are_those_of_the_run(recipe: InstructionRecipe)
     assert planned.steps == log["steps"]
 
 
+def test_plan_is_of_the_tower_at_the_size_that_the_recipe_asks_for(
+    recipe: InstructionRecipe,
+) -> None:
+    recipe.image_size = 96
+    planned, lines = estimate(recipe), list(dry_run(recipe))
+    log = json.loads((run_recipe(recipe) / "training_log.json").read_text())
+    assert "picture 96 px -> 144 tokens" in lines[0]
+    assert any(f"{log['num_tokens']:,} tokens" in line for line in lines)
+    assert planned.num_parameters == log["num_parameters"]
+
+
 def test_gradients_and_optimizer_are_those_of_what_trains(recipe: InstructionRecipe) -> None:
     planned = estimate(recipe)
     trained = sum(count["trained"] for count in planned.num_parameters.values())

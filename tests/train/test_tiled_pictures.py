@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,13 +13,15 @@ from transformers import LlavaNextForConditionalGeneration
 from mllm.images import with_images
 from mllm.prompts import ChatPrompts
 from train import run_recipe
+from train.dry_run_instruction import dry_run
+from train.estimate import estimate
 from train.features import TowerFeatures
 from train.instruction_data import collate
 from train.instruction_model import InstructionModel
 from train.instruction_rows import InstructionSample, RowLimits, chat_row
 from train.parts import parts_of
 from train.pictures import PixelValues
-from train.recipe import InstructionRecipe, InstructionSource
+from train.recipe import InstructionRecipe, InstructionSource, TowerTraining
 from train.sources.base import InstructionData
 from train.tiled_pictures import TiledPictures
 
@@ -102,16 +104,15 @@ def test_separator_stays_in_the_graph_of_a_text_only_batch(
     assert model.model.image_newline.grad is not None
 
 
-def test_recipe_with_tiles_gives_a_stock_model(
-    llm_folder: Path, clip_folder: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def tiled_recipe(llm_folder: Path, clip_folder: Path, tmp_path: Path) -> InstructionRecipe:
     records = []
     for key in range(3):
         picture(key).save(tmp_path / f"{key}.png")
         turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
         records.append({"image": f"{key}.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(records))
-    recipe = InstructionRecipe(
+    return InstructionRecipe(
         out=str(tmp_path / "out"),
         llm=str(llm_folder),
         tower=str(clip_folder),
@@ -122,9 +123,34 @@ def test_recipe_with_tiles_gives_a_stock_model(
         steps=2,
         precision="fp32",
     )
-    folder = run_recipe(recipe)
+
+
+def test_recipe_with_tiles_gives_a_stock_model(tiled_recipe: InstructionRecipe) -> None:
+    folder = run_recipe(tiled_recipe)
     model, info = LlavaNextForConditionalGeneration.from_pretrained(
         folder, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.image_grid_pinpoints == [[32, 64], [64, 32]]
+
+
+@pytest.mark.parametrize("tower", ["frozen", "full"])
+def test_plan_counts_the_tokens_and_parameters_of_the_run(
+    tiled_recipe: InstructionRecipe, tower: Literal["frozen", "full"]
+) -> None:
+    tiled_recipe.trainable.vision = TowerTraining(mode=tower)
+    lines = list(dry_run(tiled_recipe))
+    planned = estimate(tiled_recipe)
+    log = json.loads((run_recipe(tiled_recipe) / "training_log.json").read_text())
+    assert "32 px and up to 2 tiles as large" in lines[0]
+    assert any(f"{log['steps']} steps, {log['num_tokens']} tokens" in line for line in lines)
+    assert planned.num_parameters == log["num_parameters"]
+
+
+def test_larger_tiles_take_more_memory(tiled_recipe: InstructionRecipe) -> None:
+    tiled_recipe.image_grid = [(1, 1)]
+    few = estimate(tiled_recipe)
+    tiled_recipe.image_grid = [(3, 3)]
+    many = estimate(tiled_recipe)
+    assert many.flops > 3 * few.flops
+    assert many.activations > 2 * few.activations
