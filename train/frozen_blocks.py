@@ -213,9 +213,9 @@ class _Products:
     def __call__(self, x: Tensor) -> Tensor:
         """``(T, in)`` to ``(T, out)``, the layers' results side by side."""
         product = F.linear(x, self.weight, self.bias)
-        adapters = [_adapter_of(layer) for layer in self.layers]
-        if not any(len(down) for down, _ in adapters):
+        if all(type(layer) is nn.Linear for layer in self.layers):
             return product
+        adapters = [_adapter_of(layer) for layer in self.layers]
         down = torch.cat([one for one, _ in adapters])                     # (ranks, in)
         if self.gain is not None:
             down = down * self.gain

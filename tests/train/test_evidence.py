@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ from train.clip_evaluation import I2T, T2I, held_out_scenes
 from train.evidence import cells
 from train.evidence.cells import Cell, EvidenceOptions, language_model, train_language_model
 from train.evidence.claims import difference, share_of_gain
-from train.evidence.command import _minutes_left, planned_cells, run
+from train.evidence.command import _minutes_left, planned_cells, planned_jobs, run
 from train.evidence.experts import suppression, within_clusters
 from train.evidence.methods import METHODS, in_order
 from train.evidence.stand_in import make_untrained, take_language_model
+from train.evidence.workers import Job
+from train.evidence.workers import finished as side_by_side
 from vision_moe import CLIPMoEModel, InputError, ffn_state_dict, load
 
 CLAIMS = {
@@ -195,23 +199,49 @@ def test_stand_in_learns_from_text_and_pictures_once(tmp_path: Path) -> None:
     assert written == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_time_left_is_told_by_the_cells_of_this_run(
+def test_time_left_is_told_by_the_jobs_of_this_run(
     finished: Path, options: list[str], tmp_path: Path
 ) -> None:
-    def planned(out: Path) -> list[Cell]:
-        changed = [*options[1:], f"out={out}"]
-        return planned_cells(parse_options(EvidenceOptions, changed))
+    def planned(out: Path) -> list[Job]:
+        changed = parse_options(EvidenceOptions, [*options[1:], f"out={out}"])
+        return planned_jobs(changed, planned_cells(changed))
 
-    assert all(cell.is_done for cell in planned(finished))
+    whole = planned(finished)
+    assert all(job.was_done for job in whole if job.seed is not None)
+    assert _minutes_left(whole, whole[:5], 600) == "by an earlier run"
     shutil.copytree(finished, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "dmu-1" / "scenes")
     shutil.rmtree(tmp_path / "out" / "sparse-0")
-    every = planned(tmp_path / "out")
-    to_run = [cell for cell in every if not cell.is_done]
-    assert {cell.name for cell in to_run} == {"dmu-1", "sparse-0"}
-    earlier = [cell for cell in every if cell.is_done]
-    assert _minutes_left(earlier, to_run, 600) == "by an earlier run"
-    assert _minutes_left([*earlier, to_run[0]], to_run, 600) == "10 minutes left"
+    jobs = planned(tmp_path / "out")
+    earlier = [job for job in jobs if job.seed is None or job.was_done]
+    to_run = [job for job in jobs if job not in earlier]
+    assert [job.name for job in to_run] == ["CLIP of sparse-0", "MLLM of dmu-1"]
+    assert _minutes_left(jobs, earlier, 600) == "time left not known yet"
+    assert _minutes_left(jobs, [*earlier, to_run[0]], 600) == "10 minutes left"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asks a POSIX shell to wait")
+def test_jobs_wait_for_what_they_need_and_the_first_that_can_begins(tmp_path: Path) -> None:
+    def after_a_second(script: str) -> Callable[[], object]:
+        return partial(subprocess.run, ["sh", "-c", f"sleep 1; {script}"], cwd=tmp_path)
+
+    jobs = [
+        Job("long", after_a_second("sleep 3")),
+        Job("made", after_a_second("echo 1 > made")),
+        Job("copied", partial(shutil.copy, tmp_path / "made", tmp_path / "copied"),
+            frozenset({"made"}), seed=0),
+        Job("moved", partial(shutil.move, tmp_path / "copied", tmp_path / "moved"),
+            frozenset({"copied"}), seed=0),
+    ]  # fmt: skip
+    done = [job.name for job in side_by_side(jobs, 2, tmp_path)]
+    assert done == ["made", "copied", "moved", "long"]
+    assert {path.name for path in tmp_path.glob("[cm]*")} == {"made", "moved"}
+
+
+def test_job_that_fails_is_told(tmp_path: Path) -> None:
+    jobs = [Job("lost", partial(shutil.copy, tmp_path / "nothing", tmp_path / "copied"))]
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        list(side_by_side(jobs, 2, tmp_path))
 
 
 def test_cells_with_another_configuration_are_refused(

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from train.dmu import EXPERT_FILE
 from train.evidence.methods import ALL, METHODS
 from train.evidence.readers import read_facts
 from train.evidence.stand_in import make_untrained, take_language_model, write_questions
+from train.evidence.workers import Job
 from train.experts import load_expert
 from train.recipe import ContrastiveRecipe, InstructionRecipe, Recipe, UpcycleRecipe
 from train.stages import Stage, fingerprint_of
@@ -41,6 +42,8 @@ Split = Literal["validation", "test", "compositional"]
 
 #: Its pictures and its weights are no cell's.
 _BASE_SEED = 1000
+#: Jobs that those of cells need.
+BASE, LANGUAGE_MODEL = "base CLIP", "language model"
 _HITS, _SCORES = "hits.safetensors", "scores.json"
 
 
@@ -110,23 +113,38 @@ class Cell:
         seeds = self.options.mllm_seeds
         return self.method in self.options.mllm_methods and (seeds is None or self.seed in seeds)
 
-    @property
-    def is_done(self) -> bool:
-        """Whether its folder holds all that :meth:`run` leaves."""
-        found: list[str] = [*self.options.splits]
-        found += ["readers", *self.options.num_questions] if self.has_mllm else []
-        return all((self.folder / one / stages.RECORD).is_file() for one in found)
+    def jobs(self) -> list[Job]:
+        """What makes its CLIP, and its MLLM if it has one."""
+        clip = f"CLIP of {self.name}"
+        needs = {BASE}
+        if stages_of := ALL[self.method].stages_of:
+            needs.add(f"CLIP of {stages_of}-{self.seed}")
+        jobs = [self._job(clip, self.make_clip, needs, self.options.splits)]
+        if self.has_mllm:
+            found = ("readers", *self.options.num_questions)
+            needs = {clip, LANGUAGE_MODEL}
+            jobs += [self._job(f"MLLM of {self.name}", self.make_mllm, needs, found)]
+        return jobs
 
-    def run(self) -> None:
-        """Do what is not done yet."""
+    def _job(
+        self, name: str, do: Callable[[], None], needs: set[str], found: Sequence[str]
+    ) -> Job:
+        """A job that ends with what it found in folders of these names."""
+        was_done = all((self.folder / one / stages.RECORD).is_file() for one in found)
+        return Job(name, do, frozenset(needs), self.seed, was_done)
+
+    def make_clip(self) -> None:
+        """Train the CLIP and measure it, as far as that is not done yet."""
         self.train()
         for split in self.options.splits:
             self.measure(split)
-        if self.has_mllm:
-            self.read_tokens()
-            self.tune_mllm()
-            for task in self.options.num_questions:
-                self.ask(task)
+
+    def make_mllm(self) -> None:
+        """Plug the tower into an MLLM and put questions to it, as far as that is not done yet."""
+        self.read_tokens()
+        self.tune_mllm()
+        for task in self.options.num_questions:
+            self.ask(task)
 
     def recipe(self) -> UpcycleRecipe:
         """What a method that trains runs; of ``average`` its stages'."""
@@ -261,13 +279,11 @@ def base_folder(options: EvidenceOptions) -> Path:
     return Path(options.base) if options.base is not None else Path(options.out) / "base"
 
 
-def prepare(options: EvidenceOptions) -> None:
-    """Make what several cells read: the base, unless one is given, and the stand-in."""
+def train_base(options: EvidenceOptions) -> None:
+    """Make the CLIP that all start from, unless one is given."""
     if options.base is None:
         paths = {"out": base_folder(options), "seed": _BASE_SEED}
         run_recipe(_load("evidence_base", ContrastiveRecipe, options, paths))
-    if options.mllm_methods:
-        train_language_model(options)
 
 
 def language_model(options: EvidenceOptions) -> str:

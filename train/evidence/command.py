@@ -18,13 +18,22 @@ from mllm.allocator import keep_freed_memory
 from mllm.bench import BenchReport, parse_options
 from train import stages
 from train.clip_evaluation import I2T, T2I, ZERO_SHOT
-from train.evidence.cells import Cell, EvidenceOptions, base_folder, prepare, scenes_of
+from train.evidence.cells import (
+    BASE,
+    LANGUAGE_MODEL,
+    Cell,
+    EvidenceOptions,
+    base_folder,
+    scenes_of,
+    train_base,
+    train_language_model,
+)
 from train.evidence.claims import Claim, difference, share_of_gain
 from train.evidence.experts import examine_experts
 from train.evidence.methods import ABLATIONS, in_order
 from train.evidence.plots import draw
 from train.evidence.tables import tables
-from train.evidence.workers import finished
+from train.evidence.workers import Job, finished
 from train.stages import Stage, fingerprint_of
 from vision_moe import InputError, atomic_write_text, writable_folder
 
@@ -93,19 +102,20 @@ def run(overrides: Sequence[str]) -> EvidenceReport:
     """
     options = parse_options(EvidenceOptions, overrides)
     cells = planned_cells(options)
+    jobs = planned_jobs(options, cells)
     keep_freed_memory()
     out = writable_folder(options.out)
-    click.echo("base CLIP", err=True)
-    prepare(options)
-    done: list[Cell] = []
-    to_run = [cell for cell in cells if not cell.is_done]
+    ended: list[Job] = []
     started = time.monotonic()
-    for cell in finished(cells, options.workers, out):
-        done.append(cell)
-        left = _minutes_left(done, to_run, time.monotonic() - started)
-        click.echo(f"\n[{len(done)}/{len(cells)}] {cell.name} done, {left}", err=True)
-        missing = {one.seed for one in cells if one not in done}
-        if cell.seed not in missing:  # what is known of whole seeds by now is written
+    for job in finished(jobs, options.workers, out):
+        if job.name == BASE:
+            started = time.monotonic()
+        ended.append(job)
+        left = _minutes_left(jobs, ended, time.monotonic() - started)
+        click.echo(f"\n[{len(ended)}/{len(jobs)}] {job.name} done, {left}", err=True)
+        missing = {one.seed for one in jobs if one not in ended}
+        # What is known of whole seeds by now is written.
+        if job.seed is not None and job.seed not in missing:
             report = summarise(options, [one for one in cells if one.seed not in missing])
             write(report, out)
     report.facts["written to"] = str(out)
@@ -143,6 +153,19 @@ def planned_cells(options: EvidenceOptions) -> list[Cell]:
     return cells
 
 
+def planned_jobs(options: EvidenceOptions, cells: Sequence[Cell]) -> list[Job]:
+    """Each after those that it needs; the cells' in the cells' order."""
+    jobs = [Job(BASE, partial(train_base, options))]
+    if options.mllm_methods:
+        jobs += [Job(LANGUAGE_MODEL, partial(train_language_model, options))]
+    for cell in cells:
+        jobs += cell.jobs()
+        if cell.method == "dmu":
+            found = {one.method: one for one in cells if one.seed == cell.seed}
+            jobs.append(_experts_job(options, found))
+    return jobs
+
+
 def summarise(options: EvidenceOptions, cells: Sequence[Cell]) -> EvidenceReport:
     """What the cells found, all of them done."""
     report = EvidenceReport("evidence", dataclasses.asdict(options))
@@ -157,17 +180,33 @@ def summarise(options: EvidenceOptions, cells: Sequence[Cell]) -> EvidenceReport
     return report
 
 
+def _experts_job(options: EvidenceOptions, found: dict[str, Cell]) -> Job:
+    dmu = found["dmu"]
+    read = [found[method] for method in ("seeds", "dmu") if method in found]
+    return Job(
+        f"experts of {dmu.name}",
+        partial(_experts, options, found),
+        frozenset(cell.jobs()[0].name for cell in read),
+        dmu.seed,
+        (_experts_folder(found) / stages.RECORD).is_file(),
+    )
+
+
 def _experts(options: EvidenceOptions, found: dict[str, Cell]) -> dict[str, Any]:
     dmu, control = found["dmu"], found.get("seeds")
     folders = [dmu.clip] if control is None else [dmu.clip, control.clip]
     num_scenes = min(_DIAGNOSED_SCENES, options.num_pairs)
     config = {"num_pairs": options.num_pairs, "split": options.splits[0], "scenes": num_scenes}
-    # Each its own folder: a later run may have the control, or not have it any more.
-    folder = dmu.folder / ("experts_alone" if control is None else "experts")
-    stage = Stage("experts", folder, config, [fingerprint_of(one) for one in folders])
+    fingerprints = [fingerprint_of(one) for one in folders]
+    stage = Stage("experts", _experts_folder(found), config, fingerprints)
     stages.run(stage, partial(_examine, dmu, control, num_scenes))
     content: dict[str, Any] = json.loads((stage.folder / "experts.json").read_text())
     return content
+
+
+def _experts_folder(found: dict[str, Cell]) -> Path:
+    """Each its own: a later run may have the control, or not have it any more."""
+    return found["dmu"].folder / ("experts" if "seeds" in found else "experts_alone")
 
 
 def _examine(dmu: Cell, control: Cell | None, num_scenes: int, folder: Path) -> None:
@@ -221,9 +260,10 @@ def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dic
     return made
 
 
-def _minutes_left(done: Sequence[Cell], to_run: Sequence[Cell], seconds: float) -> str:
-    """By the cells of this run that are done; those of an earlier one took no time."""
-    number = sum(cell in done for cell in to_run)
+def _minutes_left(jobs: Sequence[Job], ended: Sequence[Job], seconds: float) -> str:
+    """By the cells' jobs that were done in so many seconds; those of an earlier run took none."""
+    to_run = [job for job in jobs if job.seed is not None and not job.was_done]
+    number = sum(job in ended for job in to_run)
     if not number:
-        return "by an earlier run"
+        return "time left not known yet" if to_run else "by an earlier run"
     return f"{seconds / number * (len(to_run) - number) / 60:.0f} minutes left"

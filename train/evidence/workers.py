@@ -1,53 +1,76 @@
-"""Cells one after the other, or side by side in several processes."""
+"""Jobs one after the other, or side by side in several processes."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from threading import Thread
 
 import torch
 
 from mllm.allocator import keep_freed_memory
-from train.evidence.cells import Cell
-from train.evidence.methods import ALL
 
 
-def finished(cells: Sequence[Cell], workers: int, out: Path) -> Iterator[Cell]:
-    """Run the cells; each is given when it is done.
+@dataclass(frozen=True)
+class Job:
+    """A piece of work that leaves what it makes in a folder.
+
+    Attributes:
+        name: Its own.
+        do: What a process runs.
+        needs: Names of the jobs whose folders it reads.
+        seed: Whose cells it is for; none for what all seeds share.
+        was_done: An earlier run did it: it only looks whether all is there.
+    """
+
+    name: str
+    do: Callable[[], object]
+    needs: frozenset[str] = frozenset()
+    seed: int | None = None
+    was_done: bool = False
+
+
+def finished(jobs: Sequence[Job], workers: int, out: Path) -> Iterator[Job]:
+    """Run the jobs; each is given when it is done.
 
     Args:
-        cells: A method after the one whose stages it takes.
+        jobs: Each after those that it needs. Of several that could begin, the first does.
         workers: With more than one, the progress of each goes to ``out/worker-<pid>.log``.
-        out: Folder of the cells.
+        out: Folder of the logs.
     """
     if workers == 1:
-        for cell in cells:
-            cell.run()
-            yield cell
+        for job in jobs:
+            job.do()
+            yield job
         return
+    by_name = {job.name: job for job in jobs}
+    rank = {name: number for number, name in enumerate(by_name)}
+    order = TopologicalSorter({job.name: job.needs for job in jobs})
+    order.prepare()
+    ready: list[str] = []
+    running: dict[Future[object], str] = {}
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start, (threads, out)
     ) as pool:
-        chains = [pool.submit(_run, chain) for chain in chains_of(cells)]
         try:
-            for chain in as_completed(chains):
-                yield from chain.result()
+            while order.is_active():
+                ready = sorted([*ready, *order.get_ready()], key=rank.__getitem__)
+                while ready and len(running) < workers:
+                    name = ready.pop(0)
+                    running[pool.submit(by_name[name].do)] = name
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    name = running.pop(future)
+                    order.done(name)
+                    yield by_name[name]
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def chains_of(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells that must run one after the other: a method and, of its seed, those that take its
-    stages."""
-    chains: dict[tuple[str, int], list[Cell]] = {}
-    for cell in cells:
-        chains.setdefault((ALL[cell.method].stages_of or cell.method, cell.seed), []).append(cell)
-    return list(chains.values())
 
 
 def _start(threads: int, out: Path) -> None:
@@ -65,9 +88,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _run(chain: Sequence[Cell]) -> Sequence[Cell]:
-    for cell in chain:
-        cell.run()
-    return chain
