@@ -2,7 +2,7 @@
 
     checkpoint-200/
       files.json              every other file with its size, written last
-      trained.safetensors     what trains
+      trained.safetensors     what trains, and what else a step changes
       optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json
 
 What is frozen is rebuilt from the recipe.
@@ -152,13 +152,14 @@ class Content(Protocol):
 
 
 class TrainedWeights:
-    """What trains, in one file."""
+    """What trains, in one file, with what else a step changes: buffers that are no constants."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def names(self) -> list[str]:
-        return [name for name, p in self.model.named_parameters() if p.requires_grad]
+        trains = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        return [*trains, *_persistent_buffers(self.model)]
 
     def save(self, state: Mapping[str, Tensor], folder: Path) -> None:
         save_file(on_cpu(state), folder / WEIGHTS, {"format": "pt"})
@@ -169,6 +170,11 @@ class TrainedWeights:
         return state
 
 
+def _persistent_buffers(model: nn.Module) -> list[str]:
+    stored = model.state_dict(keep_vars=True).keys()
+    return [name for name, _ in model.named_buffers() if name in stored]
+
+
 def on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As safetensors wants them."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -176,13 +182,13 @@ def on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into the parameters of the same names; ``source`` is named in errors.
+    """Copy weights into the parameters or buffers of the same names; ``source`` is named in errors.
 
     Raises:
         InputError: A name or a shape does not fit.
     """
-    parameters = dict(model.named_parameters())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in state.items():
-        if name not in parameters or parameters[name].shape != value.shape:
+        if name not in tensors or tensors[name].shape != value.shape:
             raise InputError(f"{source}: a checkpoint of another model ('{name}' does not fit)")
-        parameters[name].copy_(spread_like(parameters[name], value))
+        tensors[name].copy_(spread_like(tensors[name], value))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from train import stages
 from train.attention import attention_kernel
 from train.config import recipe_dict, save_resolved
+from train.earlier_pairs import EarlierPairs
 from train.engine import RunSettings, fit
 from train.optimizers import build_optimizer
 from train.pair_batches import PairBatches, random_batches
@@ -59,8 +60,8 @@ class ContrastiveModel(nn.Module):
 
     Args:
         clip: The model that trains.
-        training: Label smoothing, temperature, weight of the patch tokens' loss and, for routers,
-            of the balance loss.
+        training: Label smoothing, temperature, weight of the patch tokens' loss, number of earlier
+            pairs and, for routers, weight of the balance loss.
         batches: Pair numbers of each step's batch, to name them where something goes wrong.
         kept: Where the features of every step go.
     """
@@ -82,6 +83,12 @@ class ContrastiveModel(nn.Module):
         self.logit_scale = training.logit_scale
         self.patch_loss = training.patch_loss
         self.patch_layer = training.patch_layer
+        assert clip.config.open_clip_config is not None
+        width = clip.config.open_clip_config["embed_dim"]
+        self.earlier, self.earlier_patches = (
+            EarlierPairs(training.earlier_pairs, width) if training.earlier_pairs and used else None
+            for used in (True, training.patch_loss > 0)
+        )
         self.router = training if isinstance(training, RouterTraining) else None
 
     def forward(
@@ -114,23 +121,30 @@ class ContrastiveModel(nn.Module):
             if self.logit_scale is None
             else self.logit_scale
         )
-        loss = self._contrastive_loss(image, text, scale)
+        loss = self._contrastive_loss(image, text, scale, self.earlier)
         if self.patch_loss:
-            loss = loss + self.patch_loss * self._contrastive_loss(patches, text, scale)
+            of_patches = self._contrastive_loss(patches, text, scale, self.earlier_patches)
+            loss = loss + self.patch_loss * of_patches
         if self.router is not None:
             loss = loss + self._router_losses(tuple(record.router_logits.values()))
         return {"loss": loss}
 
-    def _contrastive_loss(self, image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
+    def _contrastive_loss(
+        self, image: Tensor, text: Tensor, scale: Tensor | float, earlier: EarlierPairs | None
+    ) -> Tensor:
         state = processes()
-        return contrastive_loss(
+        loss = contrastive_loss(
             image,
             text,
             scale,
             label_smoothing=self.label_smoothing,
             world_size=state.num_processes,
             rank=state.process_index,
+            earlier=None if earlier is None else earlier.features(),
         )
+        if earlier is not None:
+            earlier.remember(*gather((image.detach().float(), text.detach().float())))
+        return loss
 
     def _keep(self, numbers: Tensor, image: Tensor, text: Tensor) -> None:
         """Put the features of all processes where their pairs belong."""

@@ -213,7 +213,8 @@ class WholeCheckpointTrainer(Trainer):
             state_dict: Whole tensors of a model that is sharded; its own by default.
         """
         if state_dict is None:
-            state_dict = dict(self.unwrapped.named_parameters())
+            model = self.unwrapped
+            state_dict = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return {name: state_dict[name] for name in self.content.names()}
 
     def _load_from_checkpoint(

@@ -90,6 +90,9 @@ class ContrastiveTraining(Strict):
     place. CLIP's own asks nothing of them after the last attention, and an MLLM reads them."""
     patch_layer: int = -2
     """Whose output these tokens are: an MLLM's ``vision_feature_layer``."""
+    earlier_pairs: Annotated[int, Ge(0)] = 0
+    """Pairs of the batches before whose features, as they were then, are negatives too
+    (cross-batch memory, arXiv 1912.06798)."""
 
 
 @dataclass(kw_only=True)

@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 import vision_moe
 from train import contrastive, engine, run_recipe
@@ -34,10 +36,12 @@ def recipe_of(out: Path, **changes: Any) -> ContrastiveRecipe:
         "out": str(out),
         "model": MODEL,
         "data": {"num_pairs": 24},
-        "training": {"steps": 4, "batch_size": 8, "lr": 1e-3, "warmup_steps": 1},
+        "training": {
+            "steps": 4, "batch_size": 8, "lr": 1e-3, "warmup_steps": 1, "earlier_pairs": 12,
+        },
         "precision": "fp32",
         **changes,
-    }
+    }  # fmt: skip
     recipe = parse_recipe(content, "test")
     assert isinstance(recipe, ContrastiveRecipe)
     return recipe
@@ -273,6 +277,34 @@ def test_patch_loss_reaches_what_the_class_token_cannot(
     without, with_loss = (state.grad for state in states)
     assert without is not None and not without[:, 1:].any()
     assert with_loss is not None and with_loss[:, 1:].all(dim=-1).any()
+
+
+def test_pairs_of_earlier_batches_are_negatives(
+    clip: CLIPMoEModel, batch: dict[str, torch.Tensor]
+) -> None:
+    clip.eval()
+    training = ContrastiveTraining(
+        steps=3, lr=1.0, logit_scale=30.0, patch_loss=0.5, patch_layer=-1, earlier_pairs=4
+    )
+    model = ContrastiveModel(clip, training)
+    backwards = {name: values.flip(0) for name, values in batch.items()}
+    torch.testing.assert_close(
+        model(**batch)["loss"], loss_of(clip, replace(training, earlier_pairs=0), batch)
+    )
+    model(**backwards)
+    loss = model(**batch)["loss"]
+
+    def in_order(features: torch.Tensor) -> torch.Tensor:
+        """The three of the batch before, then one of the first batch."""
+        return normalize(torch.cat([features.flip(0), features[:1]]), dim=-1)
+
+    image, patches = clip.encode_image_and_patches(batch["pixel_values"], -1)
+    text = clip.encode_text(batch["input_ids"])
+    of_image, of_patches = (
+        contrastive_loss(one, text, 30.0, earlier=(in_order(one), in_order(text)))
+        for one in (image, patches)
+    )
+    torch.testing.assert_close(loss, of_image + 0.5 * of_patches)
 
 
 def test_patch_loss_of_a_router_keeps_the_balance_loss(

@@ -29,7 +29,9 @@ OVERRIDES = [
     "features=training",  # of the first stage by captions, beyond a sample of 256
     "precision=fp32",
     "stage={steps: 4, batch_size: 8, lr: 1e-3, warmup_steps: 1, logit_scale: 100}",
+    "stage.earlier_pairs=12",
     "router={steps: 4, batch_size: 8, lr: 1e-2, warmup_steps: 1, logit_scale: 100, balance: 0.5}",
+    "router.earlier_pairs=12",
     "save_steps=3",
 ]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vision_moe import contrastive_loss
 
@@ -18,8 +19,11 @@ def features() -> tuple[Tensor, Tensor]:
     return torch.randn(6, 8, generator=generator), torch.randn(6, 8, generator=generator)
 
 
-def by_hand(image: Tensor, text: Tensor, scale: float, smoothing: float) -> float:
-    """The mean over rows and columns of ``-sum_k target_k log p_k``, with Python's own numbers."""
+def by_hand(
+    image: Tensor, text: Tensor, scale: float, smoothing: float, num_earlier: int = 0
+) -> float:
+    """The mean over rows and columns of ``-sum_k target_k log p_k``, with Python's own numbers;
+    the last ``num_earlier`` pairs have no row and no column of their own."""
     size = len(image)
     cosine = [
         [
@@ -28,14 +32,15 @@ def by_hand(image: Tensor, text: Tensor, scale: float, smoothing: float) -> floa
         ]
         for a in image.double()
     ]
+    num_asked = size - num_earlier
     total = 0.0
     for rows in (cosine, list(zip(*cosine, strict=True))):
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows[:num_asked]):
             normaliser = math.log(sum(math.exp(scale * value) for value in row))
             for k, value in enumerate(row):
                 target = smoothing / size + (1 - smoothing) * (i == k)
                 total -= target * (scale * value - normaliser)
-    return total / (2 * size)
+    return total / (2 * num_asked)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -45,6 +50,16 @@ def test_loss_is_its_definition(
 ) -> None:
     loss = contrastive_loss(*features, scale, label_smoothing=smoothing)
     assert float(loss) == pytest.approx(by_hand(*features, scale, smoothing), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_earlier_pairs_are_negatives(features: tuple[Tensor, Tensor], smoothing: float) -> None:
+    image, text = features
+    earlier = normalize(image[4:], dim=-1), normalize(text[4:], dim=-1)
+    loss = contrastive_loss(
+        image[:4], text[:4], 9.0, label_smoothing=smoothing, earlier=earlier
+    )
+    assert float(loss) == pytest.approx(by_hand(*features, 9.0, smoothing, 2), rel=1e-5)
 
 
 def test_loss_is_symmetric(features: tuple[Tensor, Tensor]) -> None:
