@@ -48,7 +48,7 @@ class PlannedModel:
     Attributes:
         model: On the meta device.
         processor: Its processor.
-        counts_tokens: Whether that has the model's tokenizer; else one that cannot be had here.
+        counts_tokens: Whether its tokenizer is the model's own, not one that stands for it.
         notes: What was assumed.
     """
 
