@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from mllm.model import load_mllm
@@ -208,3 +209,23 @@ def test_missing_tracker_is_one_sentence(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(InputError, match="pip install wandb"):
         run_recipe(recipe)
+
+
+def test_checkpoint_holds_what_a_step_changes_beside_weights(tmp_path: Path) -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        net[0].requires_grad_(False)
+        net[0].register_buffer("constant", torch.ones(1), persistent=False)
+        return net
+
+    stepped, begun = model(), model()
+    stepped(torch.randn(4, 2))
+    content = checkpoints.TrainedWeights(stepped)
+    names = content.names()
+    assert set(names) == {f"1.{one}" for one in stepped[1].state_dict()}
+    content.save({name: stepped.state_dict()[name] for name in names}, tmp_path)
+    checkpoints.put_weights(begun, content.read(tmp_path), "here")
+    for name, value in stepped.state_dict().items():
+        assert torch.equal(begun.state_dict()[name], value), name
+    assert begun.state_dict()["1.num_batches_tracked"] == 1
