@@ -73,6 +73,9 @@ ABLATIONS: dict[str, Method] = {
     "patch_loss_0": Method(
         "no loss on patch tokens", ("stage.patch_loss=0", "router.patch_loss=0")
     ),
+    "earlier_pairs_0": Method(
+        "no pairs of earlier batches", ("stage.earlier_pairs=0", "router.earlier_pairs=0")
+    ),
     "second_half": Method(
         "second half of the blocks", ("vision_blocks=second_half", "text_blocks=second_half")
     ),
