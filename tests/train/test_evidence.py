@@ -17,8 +17,10 @@ import psutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from mllm.bench import parse_options
+from mllm.evaluate import read_predictions
 from mllm.llm import load_llm
 from train.clip_evaluation import I2T, T2I, held_out_scenes
 from train.evidence import cells
@@ -149,6 +151,32 @@ def test_fewer_methods_and_mllms_in_a_folder_of_more_are_summed_up(
     assert [name for name, cell in one["cells"].items() if "scenes" in cell] == ["dense-1"]
     assert one["experts"]["0"]["control_oracle"] is None
     assert one["experts"]["0"]["suppression"] == both["experts"]["0"]["suppression"]
+
+
+def test_a_second_mllm_of_a_tower_is_asked_the_same_and_counts_as_much(
+    finished: Path, options: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    changed = [
+        *options, f"out={tmp_path / 'out'}", "seeds=[1]", "methods=[dmu]", "mllm_methods=[dmu]",
+        "mllm_runs=2",
+    ]  # fmt: skip
+    run(changed)
+    cell = Cell("dmu", 1, parse_options(EvidenceOptions, changed))
+    first, second = (read_predictions(cell.folder / name) for name in ("scenes", "scenes_1"))
+    assert [one.question_id for one in first] == [one.question_id for one in second]
+    weights = [load_file(cell.folder / f"{name}/model.safetensors") for name in ("mllm", "mllm_1")]
+    assert any(not torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+    for name, score in (("scenes", 0.0), ("scenes_1", 1.0)):
+        file = cell.folder / name / "scores.json"
+        content = json.loads(file.read_text())
+        content["metrics"]["accuracy"] = score
+        file.write_text(json.dumps(content))
+        lines = (cell.folder / name / "predictions.jsonl").read_text().splitlines()
+        told = [json.dumps(json.loads(line) | {"score": score}) for line in lines]
+        (cell.folder / name / "predictions.jsonl").write_text("\n".join(told) + "\n")
+    assert cell.findings()["scenes"]["accuracy"] == 0.5
+    np.testing.assert_array_equal(cell.answers("scenes")[0], np.full(len(first), 0.5))
 
 
 def test_cells_side_by_side_find_the_same(

@@ -42,6 +42,8 @@ Split = Literal["validation", "test", "compositional"]
 
 #: Its pictures and its weights are no cell's.
 _BASE_SEED = 1000
+#: Seeds of two MLLMs with one tower.
+_BETWEEN_RUNS = 100
 #: Jobs that those of cells need.
 BASE, LANGUAGE_MODEL = "base CLIP", "language model"
 _HITS, _SCORES = "hits.safetensors", "scores.json"
@@ -58,6 +60,8 @@ class EvidenceOptions:
         ablations: Also every ablation, with the first seed alone.
         mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
         mllm_seeds: Those of the seeds whose MLLMs run; all by default.
+        mllm_runs: MLLMs of each tower; they differ in order and random weights, and a question's
+            score is their mean.
         base: Folder of a CLIP to start from; without, the recipe ``evidence_base`` trains one.
         llm: ``stand_in`` (:mod:`train.evidence.stand_in`), ``embedded`` (SmolLM2) or a folder.
         num_text_scenes: Whose captions and questions the stand-in learns from.
@@ -74,6 +78,7 @@ class EvidenceOptions:
     ablations: bool = False
     mllm_methods: tuple[str, ...] = ("dense", "direct", "direct_ffn", "dmu")
     mllm_seeds: tuple[int, ...] | None = None
+    mllm_runs: Annotated[int, Gt(0)] = 1
     base: str | None = None
     llm: str = "stand_in"
     num_text_scenes: Annotated[int, Gt(0)] = 16_000
@@ -108,22 +113,25 @@ class Cell:
         return base_folder(self.options) if self.method == "dense" else self.folder / "clip"
 
     @property
-    def has_mllm(self) -> bool:
-        """Whether an MLLM sees with its tower."""
+    def num_mllms(self) -> int:
+        """How many MLLMs see with its tower."""
         seeds = self.options.mllm_seeds
-        return self.method in self.options.mllm_methods and (seeds is None or self.seed in seeds)
+        is_seen = self.method in self.options.mllm_methods and (seeds is None or self.seed in seeds)
+        return self.options.mllm_runs if is_seen else 0
 
     def jobs(self) -> list[Job]:
-        """What makes its CLIP, and its MLLM if it has one."""
+        """What makes its CLIP, and its MLLMs if it has any."""
         clip = f"CLIP of {self.name}"
         needs = {BASE}
         if stages_of := ALL[self.method].stages_of:
             needs.add(f"CLIP of {stages_of}-{self.seed}")
         jobs = [self._job(clip, self.make_clip, needs, self.options.splits)]
-        if self.has_mllm:
-            found = ("readers", *self.options.num_questions)
-            needs = {clip, LANGUAGE_MODEL}
-            jobs += [self._job(f"MLLM of {self.name}", self.make_mllm, needs, found)]
+        for run in range(self.num_mllms):
+            name = f"MLLM{_suffix(run)} of {self.name}"
+            found = [f"{task}{_suffix(run)}" for task in self.options.num_questions]
+            found += [] if run else ["readers"]
+            make = partial(self.make_mllm, run)
+            jobs.append(self._job(name, make, {clip, LANGUAGE_MODEL}, found))
         return jobs
 
     def _job(
@@ -139,12 +147,13 @@ class Cell:
         for split in self.options.splits:
             self.measure(split)
 
-    def make_mllm(self) -> None:
+    def make_mllm(self, run: int) -> None:
         """Plug the tower into an MLLM and put questions to it, as far as that is not done yet."""
-        self.read_tokens()
-        self.tune_mllm()
+        if not run:
+            self.read_tokens()
+        self.tune_mllm(run)
         for task in self.options.num_questions:
-            self.ask(task)
+            self.ask(task, run)
 
     def recipe(self) -> UpcycleRecipe:
         """What a method that trains runs; of ``average`` its stages'."""
@@ -212,22 +221,23 @@ class Cell:
         )
         _write(folder / _SCORES, facts)
 
-    def tune_mllm(self) -> None:
+    def tune_mllm(self, run: int) -> None:
         """The same language model, connector, data, steps and seed for each tower."""
         paths = {
-            "out": self.folder / "mllm",
+            "out": self.folder / f"mllm{_suffix(run)}",
             "tower": self.clip,
             "llm": language_model(self.options),
-            "seed": self.seed,
+            "seed": self.seed + _BETWEEN_RUNS * run,
         }
         run_recipe(_load("evidence_mllm", InstructionRecipe, self.options, paths))
 
-    def ask(self, task: str) -> None:
-        """Put a task's test questions to the MLLM."""
+    def ask(self, task: str, run: int) -> None:
+        """Put a task's test questions to an MLLM, the same to each."""
         config = {"num_questions": self.options.num_questions[task], "seed": self.seed,
                   "split": self.options.splits[0]}  # fmt: skip
-        mllm = self.folder / "mllm"
-        stage = Stage("MLLM evaluation", self.folder / task, config, [fingerprint_of(mllm)])
+        mllm = self.folder / f"mllm{_suffix(run)}"
+        folder = self.folder / f"{task}{_suffix(run)}"
+        stage = Stage("MLLM evaluation", folder, config, [fingerprint_of(mllm)])
         stages.run(stage, partial(self._ask, task, mllm))
 
     def _ask(self, task: str, mllm: Path, folder: Path) -> None:
@@ -248,10 +258,13 @@ class Cell:
         return {name: hit.astype(np.float64) for name, hit in load_file(file).items()}
 
     def answers(self, task: str) -> tuple[np.ndarray, list[str]]:
-        """``(N,)`` scores of an MLLM's answers, and each question's category."""
-        predictions = read_predictions(self.folder / task)
-        scores = np.array([float(one.score or 0.0) for one in predictions])
-        return scores, [one.category for one in predictions]
+        """``(N,)`` mean scores of its MLLMs' answers, and each question's category."""
+        runs = [
+            read_predictions(self.folder / f"{task}{_suffix(run)}")
+            for run in range(self.num_mllms)
+        ]
+        scores = np.array([[float(one.score or 0.0) for one in answers] for answers in runs])
+        return scores.mean(0), [one.category for one in runs[0]]
 
     def findings(self) -> dict[str, Any]:
         """Raw figures for ``evidence.json``."""
@@ -267,11 +280,20 @@ class Cell:
             found["seconds_of_stages"] = content["seconds_of_stages"]
             found["num_clusters"] = [one["num_clusters"] for one in content.get("stages", [])]
             found["router_change"] = content.get("router_change", {})
-        if self.has_mllm:
+        if self.num_mllms:
             found["readers"] = _read(self.folder / "readers" / _SCORES)
             for task in self.options.num_questions:
-                found[task] = _read(self.folder / task / _SCORES)["metrics"]
+                runs = [
+                    _read(self.folder / f"{task}{_suffix(run)}" / _SCORES)["metrics"]
+                    for run in range(self.num_mllms)
+                ]
+                found[task] = {key: float(np.mean([one[key] for one in runs])) for key in runs[0]}
         return found
+
+
+def _suffix(run: int) -> str:
+    """Of the names of what an MLLM after the first is and finds."""
+    return f"_{run}" if run else ""
 
 
 def base_folder(options: EvidenceOptions) -> Path:

@@ -249,7 +249,7 @@ def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dic
         asked = [
             (found["dmu"], found[other])
             for found in by_seed.values()
-            if {"dmu", other} <= {name for name, cell in found.items() if cell.has_mllm}
+            if {"dmu", other} <= {name for name, cell in found.items() if cell.num_mllms}
         ]
         if asked and task in options.num_questions:
             made[name] = difference(
