@@ -45,7 +45,7 @@ RETRIEVAL_CLAIMS = {
     "retrieval_vs_sparse_upcycling": ("dmu", "sparse"),
     "retrieval_vs_shuffled_labels": ("dmu", "shuffled_labels"),
     "retrieval_vs_seed_only": ("dmu", "seeds"),
-    "retrieval_vs_experts_as_trained": ("dmu", "as_trained"),
+    "retrieval_vs_assembly_of_the_paper": ("dmu", "as_trained"),
     "retrieval_vs_routers_of_random_batches": ("dmu", "random_batches"),
     "retrieval_vs_weight_average": ("dmu", "average"),
     "retrieval_vs_random_routing": ("dmu", "random_routing"),

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from mllm.diagnosis.plots import EXPERT_COLORS, save_figure
 from mllm.scenes import FACTORS
 from train.evidence.methods import ALL
-from train.evidence.tables import Cells, mean_r1, seeds_of
+from train.evidence.tables import Cells, mean_r1, seeds_of, without_ablations
 
 _BLUE, _ORANGE, _GREEN, *_ = EXPERT_COLORS
 _GRAY = "#888888"
@@ -27,11 +27,12 @@ def draw(evidence: Mapping[str, Any], folder: Path) -> list[Path]:
         Their files.
     """
     cells: Cells = evidence["cells"]
+    methods = without_ablations(cells)
     split = evidence["config"]["splits"][0]
     drawn = {
         "claims": lambda axes: _claims(axes, evidence["claims"]),
-        "retrieval": lambda axes: _retrieval(axes, cells, evidence["config"]["splits"]),
-        "factors": lambda axes: _factors(axes, cells, split),
+        "retrieval": lambda axes: _retrieval(axes, methods, evidence["config"]["splits"]),
+        "factors": lambda axes: _factors(axes, methods, split),
     }
     if any("scenes" in cell for cell in cells.values()):
         drawn["questions"] = lambda axes: _questions(axes, cells)

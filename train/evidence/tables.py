@@ -10,7 +10,7 @@ from typing import Any
 
 from mllm.scenes import FACTORS
 from train.clip_evaluation import I2T, T2I, ZERO_SHOT
-from train.evidence.methods import ALL
+from train.evidence.methods import ABLATIONS, ALL
 
 Cells = Mapping[str, Mapping[str, Any]]
 
@@ -21,9 +21,9 @@ def tables(evidence: Mapping[str, Any]) -> str:
     splits = evidence["config"]["splits"]
     parts = [("Claims", claims_table(evidence["claims"]))]
     parts.append((f"Retrieval R@1 and naming the main object, {', '.join(splits)}, %",
-                  retrieval_table(cells, splits)))  # fmt: skip
+                  retrieval_table(without_ablations(cells), splits)))  # fmt: skip
     parts.append((f"One-factor changes told apart, {splits[0]}, % (50 is guessing)",
-                  factor_table(cells, splits[0])))  # fmt: skip
+                  factor_table(without_ablations(cells), splits[0])))  # fmt: skip
     parts += [(f"Questions answered, {task}, %", vqa_table(cells, task))
               for task in evidence["config"]["num_questions"]
               if any(task in cell for cell in cells.values())]  # fmt: skip
@@ -37,7 +37,15 @@ def tables(evidence: Mapping[str, Any]) -> str:
                       suppression_table(experts)))  # fmt: skip
         parts.append(("Without an expert, R@1, points", leave_one_out_table(experts)))
         parts.append(("Routing of pictures and captions, mean of blocks", routing_table(experts)))
+    if len(without_ablations(cells)) < len(cells):
+        parts.append(("One thing of DMU changed, beside DMU with the same seed, %",
+                      ablations_table(cells, splits)))  # fmt: skip
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts) + "\n"
+
+
+def without_ablations(cells: Cells) -> Cells:
+    """The cells of the methods of the claims."""
+    return {name: cell for name, cell in cells.items() if cell["method"] not in ABLATIONS}
 
 
 def seeds_of(cells: Cells, method: str) -> list[Mapping[str, Any]]:
@@ -153,6 +161,27 @@ def routing_table(experts: Sequence[Mapping[str, Any]]) -> str:
         rows.append([kind, *(_mean(values[key], scale=1, digits=2) for key in keys)])
     return markdown(["tokens", "load entropy / log N", "largest violation", "dead experts",
                      "token entropy / log N"], rows)  # fmt: skip
+
+
+def ablations_table(cells: Cells, splits: Sequence[str]) -> str:
+    """In brackets the difference from DMU, where it ran with that seed."""
+    asked = {f"{split}: R@1": _of(split, mean_r1) for split in splits}
+    asked[f"{splits[0]}: main object"] = _of(splits[0], itemgetter(ZERO_SHOT))
+    seeds = {cell["seed"] for cell in cells.values() if cell["method"] in ABLATIONS}
+    rows = []
+    for method in ("dmu", *ABLATIONS):
+        found = [cell for cell in seeds_of(cells, method) if cell["seed"] in seeds]
+        whole = [cell for cell in found if f"dmu-{cell['seed']}" in cells]
+        row = [ALL[method].title]
+        for value in asked.values():
+            text = _mean([value(one) for one in found])
+            if method != "dmu" and whole:
+                change = [value(one) - value(cells[f"dmu-{one['seed']}"]) for one in whole]
+                text += f" ({100 * statistics.mean(change):+.1f})"
+            row.append(text)
+        if found:
+            rows.append(row)
+    return markdown(["", *asked], rows)
 
 
 def _of(part: str, get: Callable[[Mapping[str, float]], float]) -> Callable[[Any], float]:
