@@ -24,17 +24,22 @@ def spread_experts(
     """Whole networks.
 
     Args:
-        experts: E results of ``ffn_state_dict``, first the base.
+        experts: E results of ``ffn_state_dict``, first the base; the others may lack networks that
+            do not become experts, which stay the base's.
         spread: s, 0 to 1.
         base_share: b, 0 to 1.
     """
     base = experts[0]
     if base_share:
-        experts = [{n: one[n].lerp(base[n], base_share) for n in base} for one in experts]
+        experts = [{n: one[n].lerp(base[n], base_share) for n in one} for one in experts]
     if spread == 1:
         return [dict(expert) for expert in experts]
-    mean = {name: torch.stack([one[name] for one in experts]).mean(0) for name in experts[0]}
-    return [{name: mean[name].lerp(one[name], spread) for name in mean} for one in experts]
+    shared = set(base).intersection(*experts)
+    mean = {name: torch.stack([one[name] for one in experts]).mean(0) for name in shared}
+    return [
+        {name: mean[name].lerp(own, spread) if name in mean else own for name, own in one.items()}
+        for one in experts
+    ]
 
 
 def spread_low_rank_experts(

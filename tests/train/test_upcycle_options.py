@@ -230,10 +230,12 @@ def test_forced_low_rank_expert_equals_its_stage(base: Path, tmp_path: Path) -> 
 # --- which blocks, and the plan -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.5])
 def test_only_chosen_blocks_become_mixtures(
-    base: Path, tmp_path: Path, watch: Watch
+    base: Path, tmp_path: Path, watch: Watch, spread: float
 ) -> None:
-    model = made(tmp_path / "out", base, vision_blocks="last_1", text_blocks="none")
+    blocks = {"vision_blocks": "last_1", "text_blocks": "none"}
+    model = made(tmp_path / "out", base, **blocks, expert_spread=spread)
     name = "visual.transformer.resblocks.1.mlp"
     assert list(vision_moe.moe_layers(model)) == [name]
     assert all(changed.startswith(name) for changed in watch.changed[0])

@@ -24,6 +24,15 @@ def test_a_share_of_the_base_goes_into_each_before() -> None:
     assert [one["w"].item() for one in spread_experts(experts, 0.5, 0.25)] == [3.5, 6.5]
 
 
+@pytest.mark.parametrize("base_share", [0.0, 0.25])
+def test_networks_that_the_base_alone_has_stay_as_they_are(base_share: float) -> None:
+    whole = {"w": torch.tensor([2.0]), "other": torch.tensor([7.0])}
+    base, trained = spread_experts([whole, {"w": torch.tensor([10.0])}], 0.5, base_share)
+    assert base["other"].item() == 7
+    assert trained.keys() == {"w"}
+    assert (base["w"] + trained["w"]).item() == 12 - 8 * base_share
+
+
 def test_whole_spread_changes_no_bit() -> None:
     experts = [{"w": torch.randn(9)} for _ in range(3)]
     for before, after in zip(experts, spread_experts(experts, 1.0), strict=True):
