@@ -1,6 +1,7 @@
 """``mllm bench train``: this toolkit's training beside the stock way, on the same questions.
 
-Model, adapters, samples, optimiser, number format and number of steps are the same on both sides;
+Model, adapters, samples, optimiser, number format and number of steps are the same on both sides,
+but that in pretraining ours multiplies with frozen weights in 8 bits (option ``int8_products``).
 :mod:`train.bench_stock` says what the stock way is. Each side runs in a process of its own.
 """
 
@@ -35,6 +36,8 @@ class TrainOptions:
         checkpoint: MLLM that ``instruction`` and ``chat`` start from; random connector and tower
             without.
         precision: Of both sides.
+        int8_products: Of our side in ``pretrain``; see
+            :class:`train.recipe.InstructionRecipe`.
         steps: Optimiser steps of a timed run.
         repeats: Timed runs of each side, on questions of their own.
         accuracy_images: Both sides are also tuned on all questions of so many pictures of easy-VQA,
@@ -46,6 +49,7 @@ class TrainOptions:
     parts: tuple[Part, ...] = PARTS
     checkpoint: str | None = None
     precision: Precision = "auto"
+    int8_products: bool = True
     steps: Annotated[int, Gt(0)] = 8
     repeats: Annotated[int, Gt(0)] = 3
     accuracy_images: Annotated[int, Ge(0)] = 120
@@ -101,7 +105,7 @@ def _job(part: Part, options: TrainOptions, folder: Path) -> Job:
 def _job_on(part: Part, source: InstructionSource, options: TrainOptions, folder: Path) -> Job:
     return Job(
         part, source, options.checkpoint, options.precision, options.steps,
-        str(folder / "cache"), options.seed,
+        str(folder / "cache"), options.seed, options.int8_products and part == "pretrain",
     )  # fmt: skip
 
 

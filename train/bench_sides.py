@@ -52,6 +52,7 @@ class Job:
         steps: Optimiser steps of a round.
         cache: Folder of the features.
         seed: Of order and adapters.
+        int8_products: Of our side.
     """
 
     part: Part
@@ -61,6 +62,7 @@ class Job:
     steps: int
     cache: str
     seed: int = 0
+    int8_products: bool = False
 
 
 class Side:
@@ -138,7 +140,7 @@ class Side:
         )
         if held:
             dataset = _Held(dataset, len(batches))
-        wrapped = InstructionModel(self.model)
+        wrapped = InstructionModel(self.model, int8_products=self.job.int8_products)
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             settings = RunSettings(

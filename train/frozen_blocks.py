@@ -6,7 +6,8 @@ weights    in bf16 once, not anew in every step; no weight has a gradient, no pr
            what a mapped file holds of them in fp32 leaves the memory until it is used again
 norms      one pass with the sum before them (:mod:`train.fused_passes`); their gains stand in the
            weights behind them; what the backward pass keeps is bf16
-products   queries, keys and values are one, gate and up are one; so are their adapters
+products   queries, keys and values are one, gate and up are one; so are their adapters; some of
+           them in 8 bits, where asked for (:mod:`train.int8_products`)
 attention  row by row (:mod:`train.row_attention`), turned to its positions on the way there
 SwiGLU     keeps its two inputs, and computes the rest again
 
@@ -29,24 +30,31 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from mllm.mapped_files import release_file_pages
-from train.fused_passes import add_and_normalize, normalize_backward, swiglu_backward
+from train.fused_passes import add_and_normalize, normalize_backward, swiglu, swiglu_backward
+from train.int8_products import RoundedWeight, rounded_linear
 from train.row_attention import LineOfRows, attend
 from train.sharding import weights_are_spread
 
 _FORMAT = torch.bfloat16
+# Of 0, 0.5, 0.75 and 1 the one with SmolLM2's gradients nearest to those in bf16.
+_SMOOTHED, _LEAST_GAIN = 0.75, 1e-4
 _KNOWN = (LlamaDecoderLayer, Qwen2DecoderLayer)
 _READING = Lock()  # threads share a block (train.row_threads)
 
 
-def use_frozen_blocks(language_model: PreTrainedModel) -> None:
+def use_frozen_blocks(language_model: PreTrainedModel, int8_products: bool = False) -> None:
     """Let blocks whose own weights are all frozen run as :class:`FrozenBlock`, in place.
 
     Without ``rows``, or not under bf16 autocast on a CPU, they compute what they did before.
+
+    Args:
+        language_model: Of any kind.
+        int8_products: See :class:`train.recipe.InstructionRecipe`.
     """
     layers: Any = language_model.layers
     for layer in layers:
         if type(layer) in _KNOWN and not isinstance(layer.forward, FrozenBlock):
-            layer.forward = FrozenBlock(layer, is_last=layer is layers[-1])
+            layer.forward = FrozenBlock(layer, layer is layers[-1], int8_products)
 
 
 def runs_frozen_blocks(language_model: PreTrainedModel, rows: LineOfRows) -> bool:
@@ -64,9 +72,10 @@ class FrozenBlock:
     block's output is 0 where nobody reads it.
     """
 
-    def __init__(self, layer: Any, is_last: bool = False) -> None:
+    def __init__(self, layer: Any, is_last: bool = False, int8_products: bool = False) -> None:
         self.layer = layer
         self.is_last = is_last
+        self.int8_products = int8_products
         self.stock: Callable[..., Tensor] = layer.forward
         self._read: tuple[Any, ...] = ()
         self._weights: _Weights | None = None
@@ -127,7 +136,7 @@ class FrozenBlock:
         with _READING:
             if self._weights is None or state != self._read:
                 self._read, self._weights = state, None  # the old ones go first
-                self._weights = _Weights(self.layer)
+                self._weights = _Weights(self.layer, self.int8_products)
                 release_file_pages(self.replaced)
             return self._weights
 
@@ -186,33 +195,58 @@ def _is_plain(layer: Any) -> bool:
 class _Weights:
     """Of a block, as its products read them."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, int8_products: bool) -> None:
         query, key, value, output, gate, up, down = _linear_layers(layer)
         before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.heads = _Products([query, key, value], before)
-        self.output = _Products([output])
-        self.gate_and_up = _Products([gate, up], between)
-        self.down = _Products([down])
+        int8 = int8_products
+        self.heads = _Products([query, key, value], before, int8)
+        self.output = _Products([output], None, int8)
+        self.gate_and_up = _Products([gate, up], between, int8, int8_forward=int8)
+        self.down = _Products([down], None, int8)
 
 
 class _Products:
-    """Linear layers that read the same, as one product, and their adapters as another."""
+    """Linear layers that read the same, as one product, and their adapters as another.
 
-    def __init__(self, layers: Sequence[Any], gain: Tensor | None = None) -> None:
+    Args:
+        layers: As said.
+        gain: ``(in,)``, of the norm before them.
+        int8: Gradients pass their own weights rounded to 8 bits.
+        int8_forward: So do their inputs.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        gain: Tensor | None,
+        int8: bool,
+        int8_forward: bool = False,
+    ) -> None:
         self.layers = layers
         self.gain = gain
         plain = [getattr(layer, "base_layer", layer) for layer in layers]
         whole = [layer.weight.detach() for layer in plain]
         if gain is not None:
             whole = [one.float() * gain.detach().float() for one in whole]
-        halves = [one.to(_FORMAT) for one in whole]
-        self.weight = halves[0] if len(halves) == 1 else torch.cat(halves)  # (out, in)
+        self.weight: Tensor | None = None
+        self.rounded: RoundedWeight | None = None
+        if int8:
+            smoothing = None if gain is None else _smoothing(gain.detach().float())
+            self.rounded = RoundedWeight(torch.cat(whole), smoothing)
+        if not int8_forward:
+            halves = [one.to(_FORMAT) for one in whole]
+            self.weight = halves[0] if len(halves) == 1 else torch.cat(halves)  # (out, in)
         biased = any(layer.bias is not None for layer in plain)
         self.bias = torch.cat([_bias_of(layer) for layer in plain]).to(_FORMAT) if biased else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(T, in)`` to ``(T, out)``, the layers' results side by side."""
-        product = F.linear(x, self.weight, self.bias)
+        if self.rounded is None:
+            assert self.weight is not None
+            product = F.linear(x, self.weight, self.bias)
+        else:
+            product = rounded_linear(x, self.rounded, self.weight)
+            product = product if self.bias is None else product + self.bias
         if all(type(layer) is nn.Linear for layer in self.layers):
             return product
         adapters = [_adapter_of(layer) for layer in self.layers]
@@ -221,6 +255,11 @@ class _Products:
             down = down * self.gain
         up = torch.block_diag(*(one for _, one in adapters))               # (out, ranks)
         return torch.addmm(product, F.linear(x, down.to(_FORMAT)), up.to(_FORMAT).t())
+
+
+def _smoothing(gain: Tensor) -> Tensor:
+    """By a norm's gains ``(in,)``: where they are small, what it gives is large."""
+    return gain.abs().clamp(min=_LEAST_GAIN) ** -_SMOOTHED
 
 
 def _bias_of(layer: nn.Linear) -> Tensor:
@@ -269,8 +308,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_and_up)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        inner: Tensor = swiglu(gate_and_up)
+        return inner
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ numba compiles them, once for a machine; threads run them side by side. A bf16 n
 half of a float; to become one again a float is rounded to the nearest, of two that are as near to
 the even one.
 
-T tokens, D width, F width inside the MLP, B rows, N heads of all kinds, d width of a head.
+T tokens, D width, F width inside the MLP, N width of a product's input or output, B rows of tokens,
+and in attention N heads of all kinds, d width of a head.
 """
 
 from __future__ import annotations
@@ -131,9 +132,33 @@ def _(pieces: Tensor, ends: Tensor, cos: Tensor, sin: Tensor, num_turned: int) -
     return torch.empty_like(pieces)
 
 
+@torch.library.custom_op("mllm_moe::swiglu", mutates_args=())
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    """``silu(gate) * up``.
+
+    Args:
+        gate_and_up: ``(T, 2 F)`` bf16.
+
+    Returns:
+        ``(T, F)`` bf16.
+    """
+    inner = _half_as_wide(gate_and_up)
+    _swiglu(_array(gate_and_up.contiguous()), _array(inner))
+    return inner
+
+
+@swiglu.register_fake
+def _(gate_and_up: Tensor) -> Tensor:
+    return _half_as_wide(gate_and_up)
+
+
+def _half_as_wide(x: Tensor) -> Tensor:
+    return x.new_empty(len(x), x.shape[1] // 2)
+
+
 @torch.library.custom_op("mllm_moe::swiglu_backward", mutates_args=())
 def swiglu_backward(grad: Tensor, gate_and_up: Tensor) -> Tensor:
-    """Backward pass of ``silu(gate) * up``.
+    """Backward pass of :func:`swiglu`.
 
     Args:
         grad: ``(T, F)`` bf16.
@@ -150,6 +175,31 @@ def swiglu_backward(grad: Tensor, gate_and_up: Tensor) -> Tensor:
 @swiglu_backward.register_fake
 def _(grad: Tensor, gate_and_up: Tensor) -> Tensor:
     return torch.empty_like(gate_and_up, memory_format=torch.contiguous_format)
+
+
+def quantize_rows(x: Tensor, gain: Tensor, rows: Tensor, scale: Tensor) -> None:
+    """Round each row to whole numbers from -127 to 127, of which its largest is one.
+
+    Args:
+        x: ``(T, N)`` bf16.
+        gain: ``(N,)`` fp32, multiplied in before.
+        rows: ``(T, N)`` int8, filled.
+        scale: ``(T,)`` fp32, filled with what each row is to be multiplied with: no finite number
+            where the row holds one that is not.
+    """
+    _quantize_rows(*map(_array, (x, gain, rows, scale)))
+
+
+def scale_sums(sums: Tensor, rows: Tensor, columns: Tensor, scaled: Tensor) -> None:
+    """Sums of products of whole numbers as what they stand for.
+
+    Args:
+        sums: ``(T, N)`` int32.
+        rows: ``(T,)`` fp32, what each row is multiplied with.
+        columns: ``(N,)`` fp32, what each column is.
+        scaled: ``(T, N)`` bf16, filled.
+    """
+    _scale_sums(*map(_array, (sums, rows, columns, scaled)))
 
 
 def _move(
@@ -292,6 +342,24 @@ def _sigmoid(x: Any, sigmoid: Any, power: Any) -> None:
 
 
 @_compiled
+def _swiglu(gate_and_up: Any, inner: Any) -> None:
+    width = inner.shape[1]
+    gate, up = np.empty(width, np.float32), np.empty(width, np.float32)
+    sigmoid = np.empty(width, np.float32)
+    gate_bits, up_bits = gate.view(np.uint32), up.view(np.uint32)
+    for t in range(len(inner)):
+        for i in range(width):
+            gate_bits[i] = _widened(gate_and_up[t, i])
+        _sigmoid(gate, sigmoid, up)
+        for i in range(width):
+            up_bits[i] = _widened(gate_and_up[t, width + i])
+        for i in range(width):
+            up[i] *= gate[i] * sigmoid[i]
+        for i in range(width):
+            inner[t, i] = _rounded(up_bits[i])
+
+
+@_compiled
 def _swiglu_backward(grad: Any, gate_and_up: Any, grads: Any) -> None:
     width = grad.shape[1]
     gate, up = np.empty(width, np.float32), np.empty(width, np.float32)
@@ -314,3 +382,42 @@ def _swiglu_backward(grad: Any, gate_and_up: Any, grads: Any) -> None:
         for i in range(width):
             grads[t, i] = _rounded(gate_bits[i])
             grads[t, width + i] = _rounded(up_bits[i])
+
+
+_MOST = np.float32(127)
+# Added to a number below 2 ** 22, it leaves the nearest whole number in the lowest bits.
+_ROUNDS = np.float32(1.5 * 2**23)
+
+
+@_compiled
+def _quantize_rows(x: Any, gain: Any, rows: Any, scale: Any) -> None:
+    width = x.shape[1]
+    row, found = np.empty(width, np.float32), np.empty(1, np.float32)
+    bits, found_bits = row.view(np.uint32), found.view(np.uint32)
+    for t in range(len(x)):
+        for i in range(width):
+            bits[i] = _widened(x[t, i])
+        for i in range(width):
+            row[i] *= gain[i]
+        largest = np.uint32(0)  # without its sign a float is in the order of its bits
+        for i in range(width):
+            largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
+        found_bits[0] = largest
+        scale[t] = found[0] / _MOST
+        factor = _MOST / found[0] if found[0] > 0 else np.float32(0)
+        for i in range(width):
+            row[i] = row[i] * factor + _ROUNDS
+        for i in range(width):
+            rows[t, i] = np.int8(bits[i])
+
+
+@_compiled
+def _scale_sums(sums: Any, rows: Any, columns: Any, scaled: Any) -> None:
+    width = sums.shape[1]
+    row = np.empty(width, np.float32)
+    bits = row.view(np.uint32)
+    for t in range(len(sums)):
+        for i in range(width):
+            row[i] = np.float32(sums[t, i]) * rows[t] * columns[i]
+        for i in range(width):
+            scaled[t, i] = _rounded(bits[i])

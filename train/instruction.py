@@ -306,7 +306,7 @@ def training_module(
     recipe: InstructionRecipe, model: LlavaForConditionalGeneration, parts: TrainableParts
 ) -> InstructionModel:
     """What computes the loss of a batch."""
-    module = InstructionModel(model, router_settings(recipe, model, parts))
+    module = InstructionModel(model, router_settings(recipe, model, parts), recipe.int8_products)
     if recipe.gradient_checkpointing:
         module.checkpoint_blocks()
     name_units(module)

@@ -29,18 +29,26 @@ class InstructionModel(nn.Module):
     The same function as ``LlavaForConditionalGeneration.forward`` with labels, but logits are
     computed only where there is a label: over a vocabulary of 49,152 they are else the larger part
     of a small model's work.
+
+    Args:
+        llava: What trains, in part.
+        routers: Those that take part.
+        int8_products: See :class:`train.recipe.InstructionRecipe`.
     """
 
     # The trainer then passes num_items_in_batch, and leaves the scaling to the loss here.
     accepts_loss_kwargs = True
 
     def __init__(
-        self, llava: LlavaForConditionalGeneration, routers: RouterSettings | None = None
+        self,
+        llava: LlavaForConditionalGeneration,
+        routers: RouterSettings | None = None,
+        int8_products: bool = False,
     ) -> None:
         super().__init__()
         self.llava = llava
         use_row_attention(llava.model.language_model)
-        use_frozen_blocks(llava.model.language_model)
+        use_frozen_blocks(llava.model.language_model, int8_products)
         self.router_losses = RouterLosses(llava, routers)
 
     def forward(

@@ -391,6 +391,11 @@ class InstructionRecipe(Recipe):
     what they made: a third more work, and a fraction of the memory."""
     precision: Precision = "auto"
     """``auto``: bf16 autocast where the processor computes it natively, fp32 elsewhere."""
+    int8_products: bool = False
+    """On a CPU in bf16, with a language model of Llama's or Qwen2's kind that is frozen or has
+    adapters: its own weights of gate and up are multiplied in whole numbers of 8 bits, and so is
+    every gradient with its own weights (:mod:`train.int8_products`). What is saved are its weights
+    as they were. Elsewhere nothing changes."""
     tower_precision: Precision | None = None
     """Of a frozen tower's features; that of the training by default."""
 
