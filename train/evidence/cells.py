@@ -127,8 +127,8 @@ class Cell:
             needs.add(f"CLIP of {stages_of}-{self.seed}")
         jobs = [self._job(clip, self.make_clip, needs, self.options.splits)]
         for run in range(self.num_mllms):
-            name = f"MLLM{_suffix(run)} of {self.name}"
-            found = [f"{task}{_suffix(run)}" for task in self.options.num_questions]
+            name = f"{_numbered('MLLM', run)} of {self.name}"
+            found = [_numbered(task, run) for task in self.options.num_questions]
             found += [] if run else ["readers"]
             make = partial(self.make_mllm, run)
             jobs.append(self._job(name, make, {clip, LANGUAGE_MODEL}, found))
@@ -224,7 +224,7 @@ class Cell:
     def tune_mllm(self, run: int) -> None:
         """The same language model, connector, data, steps and seed for each tower."""
         paths = {
-            "out": self.folder / f"mllm{_suffix(run)}",
+            "out": self.folder / _numbered("mllm", run),
             "tower": self.clip,
             "llm": language_model(self.options),
             "seed": self.seed + _BETWEEN_RUNS * run,
@@ -235,8 +235,8 @@ class Cell:
         """Put a task's test questions to an MLLM, the same to each."""
         config = {"num_questions": self.options.num_questions[task], "seed": self.seed,
                   "split": self.options.splits[0]}  # fmt: skip
-        mllm = self.folder / f"mllm{_suffix(run)}"
-        folder = self.folder / f"{task}{_suffix(run)}"
+        mllm = self.folder / _numbered("mllm", run)
+        folder = self.folder / _numbered(task, run)
         stage = Stage("MLLM evaluation", folder, config, [fingerprint_of(mllm)])
         stages.run(stage, partial(self._ask, task, mllm))
 
@@ -260,7 +260,7 @@ class Cell:
     def answers(self, task: str) -> tuple[np.ndarray, list[str]]:
         """``(N,)`` mean scores of its MLLMs' answers, and each question's category."""
         runs = [
-            read_predictions(self.folder / f"{task}{_suffix(run)}")
+            read_predictions(self.folder / _numbered(task, run))
             for run in range(self.num_mllms)
         ]
         scores = np.array([[float(one.score or 0.0) for one in answers] for answers in runs])
@@ -284,16 +284,16 @@ class Cell:
             found["readers"] = _read(self.folder / "readers" / _SCORES)
             for task in self.options.num_questions:
                 runs = [
-                    _read(self.folder / f"{task}{_suffix(run)}" / _SCORES)["metrics"]
+                    _read(self.folder / _numbered(task, run) / _SCORES)["metrics"]
                     for run in range(self.num_mllms)
                 ]
                 found[task] = {key: float(np.mean([one[key] for one in runs])) for key in runs[0]}
         return found
 
 
-def _suffix(run: int) -> str:
-    """Of the names of what an MLLM after the first is and finds."""
-    return f"_{run}" if run else ""
+def _numbered(name: str, run: int) -> str:
+    """The name of what an MLLM of a tower is or finds: a number behind it after the first."""
+    return f"{name}_{run}" if run else name
 
 
 def base_folder(options: EvidenceOptions) -> Path:
