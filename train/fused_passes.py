@@ -18,6 +18,9 @@ import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
+#: What rounded rows hold at most, either way.
+LARGEST_INT8 = 127
+
 # What is no number stays none: no part of ``fastmath`` that takes for granted that there is none.
 _compiled = numba.njit(
     nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
@@ -384,7 +387,7 @@ def _swiglu_backward(grad: Any, gate_and_up: Any, grads: Any) -> None:
             grads[t, width + i] = _rounded(up_bits[i])
 
 
-_MOST = np.float32(127)
+_MOST = np.float32(LARGEST_INT8)
 # Added to a number below 2 ** 22, it leaves the nearest whole number in the lowest bits.
 _ROUNDS = np.float32(1.5 * 2**23)
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from train.fused_passes import quantize_rows, scale_sums
+from train.fused_passes import LARGEST_INT8, quantize_rows, scale_sums
 
-_MOST = 127
 # Few enough that the sums stay in the processor's cache.
 _TOKENS_AT_ONCE = 256
 
@@ -39,7 +38,7 @@ class RoundedWeight:
             smoothing = weight.new_ones(weight.shape[1])
         weight = weight * smoothing
         self.input_scales = 1 / smoothing                                        # (in,)
-        self.output_scales = weight.abs().amax(dim=1) / _MOST                    # (out,)
+        self.output_scales = weight.abs().amax(dim=1) / LARGEST_INT8             # (out,)
         steps = self.output_scales.clamp(min=torch.finfo(torch.float32).tiny)
         self.values = weight.div_(steps[:, None]).round_().to(torch.int8)        # (out, in)
 

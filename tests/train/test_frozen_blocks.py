@@ -43,6 +43,14 @@ def llama(model: Any) -> Any:
     return model
 
 
+def frozen(model: Any, adapted: bool) -> Any:
+    model.requires_grad_(False)
+    if adapted:
+        adapt(model, lora())
+    use_row_attention(model)
+    return model
+
+
 def qwen2(_: Any) -> Any:
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -93,10 +101,7 @@ def errors(one: dict[str, Tensor], exact: dict[str, Tensor]) -> list[float]:
 def test_frozen_block_is_as_close_to_fp32_as_the_stock_one(
     language_model: Any, make: Callable[[Any], Any], adapted: bool
 ) -> None:
-    model = make(language_model.model).requires_grad_(False)
-    if adapted:
-        adapt(model, lora())
-    use_row_attention(model)
+    model = frozen(make(language_model.model), adapted)
     exact, stock = run(model, bf16=False), run(model)
     use_frozen_blocks(model)
     ours = run(model)
@@ -112,10 +117,7 @@ def test_frozen_block_is_as_close_to_fp32_as_the_stock_one(
 def test_products_in_8_bits_are_near_and_not_the_same(
     language_model: Any, make: Callable[[Any], Any], adapted: bool
 ) -> None:
-    model = make(language_model.model).requires_grad_(False)
-    if adapted:
-        adapt(model, lora())
-    use_row_attention(model)
+    model = frozen(make(language_model.model), adapted)
     exact, other = run(model, bf16=False), copy.deepcopy(model)
     before = {name: one.clone() for name, one in model.state_dict().items()}
     use_frozen_blocks(model, int8_products=True)
@@ -132,10 +134,7 @@ def test_products_in_8_bits_are_near_and_not_the_same(
 def test_what_nobody_reads_need_not_be_computed(
     language_model: Any, read: list[int], adapted: bool
 ) -> None:
-    model = language_model.model.requires_grad_(False)
-    if adapted:
-        adapt(model, lora())
-    use_row_attention(model)
+    model = frozen(language_model.model, adapted)
     use_frozen_blocks(model)
     tokens = torch.tensor(read, dtype=torch.int64)
     # Measured: equal, but for the last bit of a product of fewer rows.
