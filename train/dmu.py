@@ -195,8 +195,7 @@ def _batches(
         return random_batches(
             len(pairs), training.batch_size, training.steps, seed, _skipped(pairs)
         )
-    if recipe.method == "shuffled_labels":
-        labels = _exchanged(labels, seed)
+    labels = _clusters_of_batches(recipe, labels, seed)
     if recipe.clusters == "parallel":
         others = np.flatnonzero(labels[:, 0] != number)
         if len(pairs) - len(others) < 2:
@@ -219,18 +218,20 @@ def _router_batches(
     if mcl and (mcl[-1].folder / LABEL_FILE).is_file():
         labels = read_labels(mcl[-1].folder / LABEL_FILE)
         if training.global_share < 1:
-            if recipe.method == "shuffled_labels":
-                labels = _exchanged(labels, recipe.seed)
+            clusters = _clusters_of_batches(recipe, labels, recipe.seed)
             sampler = ClusterBatchSampler(
-                labels, training.batch_size, recipe.seed, training.global_share
+                clusters, training.batch_size, recipe.seed, training.global_share
             )
             return cluster_batches(sampler, training.steps)
         left_out = np.union1d(left_out, np.flatnonzero((labels < 0).any(axis=1)))
     return random_batches(len(pairs), training.batch_size, training.steps, recipe.seed, left_out)
 
 
-def _exchanged(labels: np.ndarray, seed: int) -> np.ndarray:
-    """The labels ``(M, S)`` dealt out anew: clusters of the same sizes that mean nothing."""
+def _clusters_of_batches(recipe: UpcycleRecipe, labels: np.ndarray, seed: int) -> np.ndarray:
+    """The labels ``(M, S)``; of ``shuffled_labels`` dealt out anew, so that clusters of the same
+    sizes mean nothing."""
+    if recipe.method != "shuffled_labels":
+        return labels
     kept = np.flatnonzero((labels >= 0).all(axis=1))
     exchanged = labels.copy()
     exchanged[kept] = labels[np.random.default_rng([seed, 2]).permutation(kept)]

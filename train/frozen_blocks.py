@@ -45,7 +45,8 @@ _READING = Lock()  # threads share a block (train.row_threads)
 def use_frozen_blocks(language_model: PreTrainedModel, int8_products: bool = False) -> None:
     """Let blocks whose own weights are all frozen run as :class:`FrozenBlock`, in place.
 
-    Without ``rows``, or not under bf16 autocast on a CPU, they compute what they did before.
+    Without ``rows``, or not under bf16 autocast on a CPU, they compute what they did before. Blocks
+    that run so already begin anew.
 
     Args:
         language_model: Of any kind.
@@ -53,7 +54,7 @@ def use_frozen_blocks(language_model: PreTrainedModel, int8_products: bool = Fal
     """
     layers: Any = language_model.layers
     for layer in layers:
-        if type(layer) in _KNOWN and not isinstance(layer.forward, FrozenBlock):
+        if type(layer) in _KNOWN:
             layer.forward = FrozenBlock(layer, layer is layers[-1], int8_products)
 
 
@@ -76,7 +77,10 @@ class FrozenBlock:
         self.layer = layer
         self.is_last = is_last
         self.int8_products = int8_products
-        self.stock: Callable[..., Tensor] = layer.forward
+        before = layer.forward
+        self.stock: Callable[..., Tensor] = (
+            before.stock if isinstance(before, FrozenBlock) else before
+        )
         self._read: tuple[Any, ...] = ()
         self._weights: _Weights | None = None
 

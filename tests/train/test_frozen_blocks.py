@@ -129,6 +129,16 @@ def test_products_in_8_bits_are_near_and_not_the_same(
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
+def test_products_in_8_bits_can_be_given_up(language_model: Any) -> None:
+    model = frozen(language_model.model, adapted=False)
+    use_frozen_blocks(model)
+    halves = run(model)
+    use_frozen_blocks(model, int8_products=True)
+    assert not torch.equal(run(model)["output"], halves["output"])
+    use_frozen_blocks(model)
+    torch.testing.assert_close(run(model), halves, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("read", [[1, 4, 9], []])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_what_nobody_reads_need_not_be_computed(
