@@ -18,6 +18,8 @@ from mllm.scenes.dataset import ScenesDataset
 from vision_moe import InputError
 
 _CHUNK = 250
+#: Seconds that renderers wait for more to do; a process that started them cannot end before.
+_IDLE = 2
 _NUM_PROBES = 8
 
 
@@ -53,7 +55,8 @@ def _render_all(dataset: ScenesDataset, path: Path) -> None:
     aside = path.with_suffix(".unfinished")
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), side, side, 3)}
     starts = range(0, len(dataset), _CHUNK)
-    chunks = Parallel(n_jobs=-1 if len(starts) > 1 else 1, return_as="generator")(
+    num_jobs = -1 if len(starts) > 1 else 1
+    chunks = Parallel(num_jobs, return_as="generator", idle_worker_timeout=_IDLE)(
         delayed(partial(_render_chunk, dataset))(start) for start in starts
     )
     # Written, not mapped: a full disk then is an error and not the death of the process.

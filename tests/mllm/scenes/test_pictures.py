@@ -1,5 +1,6 @@
 """Pictures are drawn smoothly, where the scene says, and rendered once."""
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,14 @@ def test_interrupted_rendering_is_no_cache(
         with pytest.raises(KeyboardInterrupt):
             render_pictures(dataset)
     assert len(render_pictures(dataset)) == 3
+
+
+def test_process_that_rendered_with_others_can_end(picture_cache: Path) -> None:
+    dataset = ScenesDataset(WORLD, "test", 2 * pictures._CHUNK, image_size=8)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=render_pictures, args=(dataset,))
+    process.start()
+    process.join(120)  # joblib's renderers wait for 300 seconds unless told otherwise
+    still_runs = process.is_alive()
+    process.kill()
+    assert not still_runs and list(picture_cache.glob("*.npy"))
