@@ -228,10 +228,11 @@ def _router_batches(
 
 
 def _clusters_of_batches(recipe: UpcycleRecipe, labels: np.ndarray, seed: int) -> np.ndarray:
-    """The labels ``(M, S)``; of ``shuffled_labels`` dealt out anew, so that clusters of the same
-    sizes mean nothing."""
-    if recipe.method != "shuffled_labels":
-        return labels
+    return _exchanged(labels, seed) if recipe.method == "shuffled_labels" else labels
+
+
+def _exchanged(labels: np.ndarray, seed: int) -> np.ndarray:
+    """The labels ``(M, S)`` dealt out anew: clusters of the same sizes that mean nothing."""
     kept = np.flatnonzero((labels >= 0).all(axis=1))
     exchanged = labels.copy()
     exchanged[kept] = labels[np.random.default_rng([seed, 2]).permutation(kept)]
