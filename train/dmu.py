@@ -46,9 +46,9 @@ from train.pair_labels import (
     read_labels,
 )
 from train.pair_sources import fingerprints
-from train.pairs import Pairs, load_pairs, repeated_texts, tell_of_skipped
+from train.pairs import Pairs, load_pairs, tell_of_skipped
 from train.processes import processes
-from train.recipe import ContrastiveTraining, RouterTraining, UpcycleRecipe
+from train.recipe import RouterTraining, UpcycleRecipe
 from train.stages import Stage, StageResult
 from vision_moe import (
     CLIPMoEModel,
@@ -204,7 +204,10 @@ def _batches(
         return random_batches(
             len(pairs), training.batch_size, training.steps, seed, others, back_off=readable
         )
-    return _in_cluster_batches(recipe, training, recipe.global_share, labels, pairs, seed)
+    sampler = ClusterBatchSampler(
+        labels, training.batch_size, seed=seed, global_share=recipe.global_share
+    )
+    return cluster_batches(sampler, training.steps)
 
 
 def _router_batches(
@@ -216,29 +219,12 @@ def _router_batches(
         labels = read_labels(mcl[-1].folder / LABEL_FILE)
         if training.global_share < 1:
             clusters = _clusters_of_batches(recipe, labels, recipe.seed)
-            return _in_cluster_batches(
-                recipe, training, training.global_share, clusters, pairs, recipe.seed
+            sampler = ClusterBatchSampler(
+                clusters, training.batch_size, recipe.seed, training.global_share
             )
+            return cluster_batches(sampler, training.steps)
         left_out = np.union1d(left_out, np.flatnonzero((labels < 0).any(axis=1)))
     return random_batches(len(pairs), training.batch_size, training.steps, recipe.seed, left_out)
-
-
-def _in_cluster_batches(
-    recipe: UpcycleRecipe,
-    training: ContrastiveTraining,
-    global_share: float,
-    labels: np.ndarray,
-    pairs: Pairs,
-    seed: int,
-) -> EpochBatches:
-    sampler = ClusterBatchSampler(
-        labels,
-        training.batch_size,
-        seed=seed,
-        global_share=global_share,
-        global_pairs=repeated_texts(pairs) if recipe.repeated_texts == "random" else None,
-    )
-    return cluster_batches(sampler, training.steps)
 
 
 def _clusters_of_batches(recipe: UpcycleRecipe, labels: np.ndarray, seed: int) -> np.ndarray:

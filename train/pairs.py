@@ -5,7 +5,6 @@ M pairs, B batch, H, W the model's input, L tokens.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -205,21 +204,6 @@ def scene_captions(dataset: ScenesDataset, coarse_share: float, seed: int) -> li
     return [
         dataset[i].coarse_caption if coarse[i] else dataset[i].detailed_caption for i in numbers
     ]
-
-
-def repeated_texts(pairs: Pairs, chunk: int = 4096) -> np.ndarray:
-    """``(M,)`` bool: pairs whose text, as far as the model reads it, another pair has as well."""
-    digests = np.empty(len(pairs), np.uint64)
-    starts = range(0, len(pairs), chunk)
-    for start in tqdm(starts, desc="comparing captions", unit="chunk", delay=2):
-        numbers = np.arange(start, min(start + chunk, len(pairs)))
-        digests[numbers] = [_digest(row) for row in pairs.tokens(numbers).numpy()]
-    _, inverse, counts = np.unique(digests, return_inverse=True, return_counts=True)
-    return counts[inverse] > 1
-
-
-def _digest(tokens: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "big")
 
 
 def tokenize(model: CLIPMoEModel, captions: Sequence[str], chunk: int = 4096) -> Tensor:

@@ -199,11 +199,6 @@ class UpcycleRecipe(Recipe):
     """Where a stage's networks start: the paper says ``previous``, its code ``base``."""
     global_share: Share = 0.0
     """Share of a stage's pairs in ordinary random batches."""
-    repeated_texts: Literal["clusters", "random"] = "clusters"
-    """Where pairs go whose text another pair has as well (alt texts, labels, short captions): into
-    their clusters' batches, as the paper's, or all into random ones, beside ``global_share`` of the
-    others; of stages, and of routers that are tuned within clusters. In a cluster nothing tells
-    such pairs apart."""
     stage: ContrastiveTraining
     router: RouterTraining
     precision: Precision = "auto"

@@ -54,8 +54,6 @@ class ClusterBatchSampler(Sampler[list[int]]):
             Batches from clusters alone let go of what separates the clusters.
         rank: This process.
         world_size: Processes that share each batch.
-        global_pairs: ``(M,)`` bool: pairs that always skip the clusters, beside that share of the
-            others; none by default.
     """
 
     def __init__(
@@ -66,7 +64,6 @@ class ClusterBatchSampler(Sampler[list[int]]):
         global_share: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
-        global_pairs: np.ndarray | None = None,
     ) -> None:
         if batch_size < 2:
             raise ValueError(f"a contrastive batch needs at least 2 pairs, not {batch_size}")
@@ -84,7 +81,6 @@ class ClusterBatchSampler(Sampler[list[int]]):
         self.batch_size = batch_size
         self.seed = seed
         self.global_share = global_share
-        self.global_pairs = global_pairs
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
@@ -110,13 +106,8 @@ class ClusterBatchSampler(Sampler[list[int]]):
         dtype = np.int32 if len(self.cluster) < 2**31 else np.int64
         order = np.flatnonzero(self.cluster >= 0).astype(dtype)
         rng.shuffle(order)
-        always = order[:0]
-        if self.global_pairs is not None:
-            is_global = self.global_pairs[order]
-            always, order = order[is_global], order[~is_global]
-        num_drawn = round(self.global_share * len(order))
-        remaining = order[num_drawn:]
-        global_pairs = np.concatenate([always, order[:num_drawn]])
+        num_global = round(self.global_share * self.num_pairs)
+        global_pairs, remaining = order[:num_global], order[num_global:]
         batches: list[np.ndarray] = []
         for ancestor in reversed(self.ancestors):
             full, remaining = self._fill(remaining, ancestor)

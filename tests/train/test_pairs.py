@@ -15,14 +15,7 @@ from PIL import Image
 import vision_moe
 from mllm.scenes import ScenesDataset
 from train.pair_batches import PairBatches, cluster_batches, random_batches
-from train.pairs import (
-    Pairs,
-    ScenePairs,
-    load_pairs,
-    repeated_texts,
-    scene_captions,
-    scenes_dataset,
-)
+from train.pairs import Pairs, ScenePairs, load_pairs, scene_captions, scenes_dataset
 from train.recipe import ImageTextData
 from vision_moe import CLIPMoEModel, ClusterBatchSampler, InputError
 
@@ -245,17 +238,6 @@ def test_captions_longer_than_the_context_are_counted(
     long = {"image": "red.png", "caption": "red " * 40}
     load_pairs(jsonl(picture_folder, RECORDS[0], long), clip, seed=0)
     assert "1 of 2 captions fill the text context of 32 tokens" in capsys.readouterr().err
-
-
-def test_pairs_with_the_text_of_another_are_found(
-    picture_folder: Path, clip: CLIPMoEModel
-) -> None:
-    texts = ["a cat", "a dog", "a dog at sea", "a cat", "a cat", "two dogs"]
-    records = [{"image": "red.png", "caption": text} for text in texts]
-    pairs = load_pairs(jsonl(picture_folder, *records), clip, seed=0)
-    expected = [True, False, False, True, True, False]
-    assert repeated_texts(pairs).tolist() == expected
-    assert repeated_texts(pairs, chunk=2).tolist() == expected
 
 
 def test_records_that_span_lines_are_found_again(picture_folder: Path, clip: CLIPMoEModel) -> None:

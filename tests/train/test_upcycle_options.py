@@ -324,21 +324,6 @@ def test_routers_see_clusters_where_the_recipe_says_so(
     assert sum(len(one) == 1 for one in clusters) == sum(sizes // 8) > 0
 
 
-def test_pairs_of_a_repeated_text_form_random_batches(
-    base: Path, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    repeated = np.arange(96) % 2 == 0
-    monkeypatch.setattr(dmu, "repeated_texts", lambda pairs: repeated)
-    data = {"num_pairs": 96, "caption": "detailed"}
-    stage = STAGE | {"steps": 12}
-    made(tmp_path / "out", base, data=data, stage=stage, repeated_texts="random")
-    labels = load_file(stage_folder(tmp_path / "out") / "stage_1" / "labels.safetensors")["labels"]
-    numbers = [torch.from_numpy(batch) for batch in watch.batches[0]]
-    pure = [batch for batch in numbers if len(labels[batch].unique()) == 1]
-    assert pure
-    assert not any(repeated[batch].any() for batch in pure)
-
-
 def test_routers_of_shuffled_labels_see_other_clusters(
     base: Path, tmp_path: Path, watch: Watch
 ) -> None:

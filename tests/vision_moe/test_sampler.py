@@ -147,25 +147,6 @@ def test_global_share_of_none_mixes_nothing() -> None:
     assert all(purity(labels, batch) for batch in ClusterBatchSampler(labels, 10))
 
 
-def test_global_pairs_are_in_random_batches_alone() -> None:
-    labels = np.arange(400)[:, None] // 100
-    always = np.arange(400) % 5 < 2  # 160, and of each cluster 60, which fill batches of 10
-    batches = ClusterBatchSampler(labels, 10, global_pairs=always).batches()
-    of_clusters = [batch for batch in batches if purity(labels, batch.tolist())]
-    assert sorted(np.concatenate(of_clusters)) == np.flatnonzero(~always).tolist()
-    assert sorted(np.concatenate(batches)) == list(range(400))
-
-
-def test_global_share_is_of_the_pairs_that_do_not_skip_clusters_anyway() -> None:
-    labels = np.arange(400)[:, None] // 100
-    always = np.arange(400) < 200
-    batches = ClusterBatchSampler(labels, 10, global_share=1.0, global_pairs=always).batches()
-    assert not any(purity(labels, batch.tolist()) for batch in batches)
-    batches = ClusterBatchSampler(labels, 10, global_share=0.5, global_pairs=always).batches()
-    pure = sum(len(batch) for batch in batches if purity(labels, batch.tolist()))
-    assert 70 <= pure <= 100  # of the other 200 half, but for what fills no batch
-
-
 def test_batches_of_one_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 pairs, not 1"):
         ClusterBatchSampler(np.zeros((4, 1), dtype=int), 1)
