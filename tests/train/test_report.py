@@ -5,17 +5,26 @@ import json
 import random
 import re
 import shutil
+from collections import Counter, defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mllm.easy_vqa import EasyVQA
 from mllm.evaluate import Evaluation, Prediction
 from mllm.scenes.world import FACTORS
 from mllm.tasks import get_task
 from train.plots import running_mean
-from train.report import NUM_EXAMPLES, NUM_MISTAKES, draw_examples, duration, write_report
+from train.report import (
+    NUM_EXAMPLES,
+    NUM_MISTAKES,
+    WORDS_ALONE,
+    draw_examples,
+    duration,
+    write_report,
+)
 from vision_moe import InputError
 
 HOSTILE = '<script>alert("x")</script> & $a_b$'
@@ -214,3 +223,13 @@ def test_running_mean_of_a_constant_is_the_constant() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_words_alone_is_what_the_most_frequent_answers_get() -> None:
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for question in EasyVQA("train").questions:
+        answers[question.text][question.answer] += 1
+    likeliest = {text: counts.most_common(1)[0][0] for text, counts in answers.items()}
+    asked = EasyVQA("test").questions
+    right = sum(likeliest.get(question.text) == question.answer for question in asked)
+    assert right / len(asked) == pytest.approx(WORDS_ALONE["easy_vqa"], abs=5e-4)
