@@ -24,7 +24,13 @@ from mllm.evaluate import read_predictions
 from mllm.llm import load_llm
 from train.clip_evaluation import I2T, T2I, ZERO_SHOT, held_out_scenes
 from train.evidence import cells
-from train.evidence.cells import Cell, EvidenceOptions, language_model, train_language_model
+from train.evidence.cells import (
+    STAND_IN,
+    Cell,
+    EvidenceOptions,
+    stand_in_folder,
+    train_stand_in,
+)
 from train.evidence.claims import difference, share_of_gain
 from train.evidence.command import _minutes_left, planned_cells, planned_jobs, run
 from train.evidence.experts import suppression, within_clusters
@@ -52,6 +58,7 @@ TINY = {
         "data.0.num_images=4", "data.1.num_images=4", "batch_rows=8", "epochs=1",
     ],
 }  # fmt: skip
+TINY["evidence_mllm_lora"] = ["data.0.num_images=4", "batch_rows=8", "epochs=1"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,7 @@ def options(base: Path, llm_folder: Path, tmp_path_factory: pytest.TempPathFacto
     values = {
         "out": str(tmp_path_factory.mktemp("evidence") / "out"),
         "base": str(base),
-        "llm": str(llm_folder),
+        "stand_in": str(llm_folder),
         "seeds": [0, 1],
         "mllm_methods": ["dense", "direct", "dmu"],
         "num_pairs": 24,
@@ -177,7 +184,40 @@ def test_a_second_mllm_of_a_tower_is_asked_the_same_and_counts_as_much(
         told = [json.dumps(json.loads(line) | {"score": score}) for line in lines]
         (cell.folder / name / "predictions.jsonl").write_text("\n".join(told) + "\n")
     assert cell.findings()["scenes"]["accuracy"] == 0.5
-    np.testing.assert_array_equal(cell.answers("scenes")[0], np.full(len(first), 0.5))
+    np.testing.assert_array_equal(cell.answers("scenes", "stand_in"), np.full(len(first), 0.5))
+
+
+def test_pretrained_language_model_sees_with_each_tower_too(
+    finished: Path, options: list[str], llm_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    run([*options, f"out={tmp_path / 'out'}", f"pretrained_llm={llm_folder}"])
+    found, before = evidence(tmp_path / "out"), evidence(finished)
+    claims = {name for name in before["claims"] if "vqa" in name}
+    assert found["claims"].keys() - before["claims"].keys() == {f"{n}_pretrained" for n in claims}
+    assert {name: found["claims"][name] for name in before["claims"]} == before["claims"]
+    recipes = [
+        yaml.safe_load((tmp_path / "out" / "dmu-1" / f"mllm{suffix}" / "recipe.yaml").read_text())
+        for suffix in ("", "_pretrained")
+    ]
+    assert [one["trainable"]["llm"]["mode"] for one in recipes] == ["full", "lora"]
+    scores = json.loads((tmp_path / "out" / "dmu-1" / "scenes_pretrained/scores.json").read_text())
+    assert found["cells"]["dmu-1"]["scenes_pretrained"] == scores["metrics"]
+    assert "scenes_pretrained" not in found["cells"]["sparse-1"]
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert "### Questions answered, scenes, pretrained language model, %" in text
+    assert (tmp_path / "out" / "questions_pretrained.png").is_file()
+
+
+def test_pretrained_language_model_alone_needs_no_stand_in() -> None:
+    options = EvidenceOptions(methods=("dmu",), mllm_runs=0, pretrained_llm="embedded")
+    jobs = planned_jobs(options, planned_cells(options))
+    assert STAND_IN not in {job.name for job in jobs}
+    assert all(STAND_IN not in job.needs for job in jobs)
+    names = [job.name for job in jobs if job.seed == 1]
+    assert [name for name in names if "MLLM" in name] == [
+        "MLLM_pretrained of dense-1", "MLLM_pretrained of dmu-1"
+    ]  # fmt: skip
 
 
 def test_cells_side_by_side_find_the_same(
@@ -211,12 +251,12 @@ def test_stand_in_learns_from_text_and_pictures_once(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "take_language_model", watched)
-        train_language_model(options)
+        train_stand_in(options)
     text, pictures = seen
     assert [source["name"] for source in text["data"]] == ["jsonl"]
     assert [source["name"] for source in pictures["data"]] == ["scenes_questions", "easy_vqa"]
     assert text["tower"] == pictures["tower"] == str(tmp_path / "llm_clip")
-    folder = Path(language_model(options))
+    folder = stand_in_folder(options)
     written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     trained, tokenizer = load_llm(os.fspath(folder))
     make_untrained(tmp_path / "untrained", 1000)
@@ -224,7 +264,7 @@ def test_stand_in_learns_from_text_and_pictures_once(tmp_path: Path) -> None:
     assert tokenizer.chat_template
     words = untrained.get_input_embeddings().weight
     assert not torch.equal(trained.get_input_embeddings().weight[: len(words)], words)
-    train_language_model(options)
+    train_stand_in(options)
     assert written == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 

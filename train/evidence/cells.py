@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from annotated_types import Ge, Gt
@@ -39,13 +39,15 @@ from vision_moe import CLIPMoEModel, ffn_state_dict, load, save, spread_experts
 
 R = TypeVar("R", bound=Recipe)
 Split = Literal["validation", "test", "compositional"]
+LanguageModel = Literal["stand_in", "pretrained"]
+LANGUAGE_MODELS: tuple[LanguageModel, ...] = get_args(LanguageModel)
 
 #: Its pictures and its weights are no cell's.
 _BASE_SEED = 1000
 #: Seeds of two MLLMs with one tower.
 _BETWEEN_RUNS = 100
 #: Jobs that those of cells need.
-BASE, LANGUAGE_MODEL = "base CLIP", "language model"
+BASE, STAND_IN = "base CLIP", "language model"
 _HITS, _SCORES = "hits.safetensors", "scores.json"
 
 
@@ -60,11 +62,15 @@ class EvidenceOptions:
         ablations: Also every ablation, with the first seed alone.
         mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
         mllm_seeds: Those of the seeds whose MLLMs run; all by default.
-        mllm_runs: MLLMs of each tower; they differ in order and random weights, and a question's
-            score is their mean.
+        mllm_runs: MLLMs of each tower with the stand-in; they differ in order and random weights,
+            and a question's score is their mean.
         base: Folder of a CLIP to start from; without, the recipe ``evidence_base`` trains one.
-        llm: ``stand_in`` (:mod:`train.evidence.stand_in`), ``embedded`` (SmolLM2) or a folder.
+        stand_in: Folder of a small language model that sees with each tower; without, one is
+            trained (:mod:`train.evidence.stand_in`).
         num_text_scenes: Whose captions and questions the stand-in learns from.
+        pretrained_llm: Another that sees with each tower, once, tuned by low-rank adapters
+            (recipe ``evidence_mllm_lora``): ``embedded`` (SmolLM2), a folder, or a name on the
+            model hub. None by default: it takes far longer.
         splits: The first is what claims rest on. To choose by: ``[validation]``.
         num_pairs: Scenes of each split, candidates of the retrieval.
         num_questions: By task.
@@ -78,10 +84,11 @@ class EvidenceOptions:
     ablations: bool = False
     mllm_methods: tuple[str, ...] = ("dense", "direct", "direct_ffn", "dmu")
     mllm_seeds: tuple[int, ...] | None = None
-    mllm_runs: Annotated[int, Gt(0)] = 1
+    mllm_runs: Annotated[int, Ge(0)] = 1
     base: str | None = None
-    llm: str = "stand_in"
+    stand_in: str | None = None
     num_text_scenes: Annotated[int, Gt(0)] = 16_000
+    pretrained_llm: str | None = None
     splits: tuple[Split, ...] = ("test", "compositional")
     num_pairs: Annotated[int, Gt(1)] = 2000
     num_questions: dict[str, int] = field(
@@ -89,6 +96,23 @@ class EvidenceOptions:
     )
     workers: Annotated[int, Ge(1)] = 1
     overrides: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mllm:
+    """A language model that sees with a cell's tower.
+
+    Attributes:
+        suffix: Behind the names of its folder and of what it finds.
+        recipe: Name of the one that trains it.
+        llm: As that recipe gets it.
+        seed: Of order and random weights.
+    """
+
+    suffix: str
+    recipe: str
+    llm: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -112,12 +136,21 @@ class Cell:
         """The CLIP that it made; the dense cells' is the base."""
         return base_folder(self.options) if self.method == "dense" else self.folder / "clip"
 
-    @property
-    def num_mllms(self) -> int:
-        """How many MLLMs see with its tower."""
-        seeds = self.options.mllm_seeds
-        is_seen = self.method in self.options.mllm_methods and (seeds is None or self.seed in seeds)
-        return self.options.mllm_runs if is_seen else 0
+    def mllms(self, llm: LanguageModel) -> list[Mllm]:
+        """What sees with its tower; the answers of several count in the mean."""
+        options, seeds = self.options, self.options.mllm_seeds
+        if self.method not in options.mllm_methods:
+            return []
+        if seeds is not None and self.seed not in seeds:
+            return []
+        if llm == "pretrained":
+            given = options.pretrained_llm
+            return [Mllm("_pretrained", "evidence_mllm_lora", given, self.seed)] if given else []
+        name = os.fspath(stand_in_folder(options))
+        return [
+            Mllm(f"_{run}" if run else "", "evidence_mllm", name, self.seed + run * _BETWEEN_RUNS)
+            for run in range(options.mllm_runs)
+        ]
 
     def jobs(self) -> list[Job]:
         """What makes its CLIP, and its MLLMs if it has any."""
@@ -126,12 +159,14 @@ class Cell:
         if stages_of := ALL[self.method].stages_of:
             needs.add(f"CLIP of {stages_of}-{self.seed}")
         jobs = [self._job(clip, self.make_clip, needs, self.options.splits)]
-        for run in range(self.num_mllms):
-            name = f"{_numbered('MLLM', run)} of {self.name}"
-            found = [_numbered(task, run) for task in self.options.num_questions]
-            found += [] if run else ["readers"]
-            make = partial(self.make_mllm, run)
-            jobs.append(self._job(name, make, {clip, LANGUAGE_MODEL}, found))
+        for llm in LANGUAGE_MODELS:
+            needs = {clip, STAND_IN} if llm == "stand_in" else {clip}
+            for mllm in self.mllms(llm):
+                first = len(jobs) == 1
+                found = [task + mllm.suffix for task in self.options.num_questions]
+                found += ["readers"] if first else []
+                make = partial(self.make_mllm, mllm, reads_tokens=first)
+                jobs.append(self._job(f"MLLM{mllm.suffix} of {self.name}", make, needs, found))
         return jobs
 
     def _job(
@@ -147,13 +182,13 @@ class Cell:
         for split in self.options.splits:
             self.measure(split)
 
-    def make_mllm(self, run: int) -> None:
+    def make_mllm(self, mllm: Mllm, reads_tokens: bool) -> None:
         """Plug the tower into an MLLM and put questions to it, as far as that is not done yet."""
-        if not run:
+        if reads_tokens:
             self.read_tokens()
-        self.tune_mllm(run)
+        self.tune(mllm)
         for task in self.options.num_questions:
-            self.ask(task, run)
+            self.ask(task, mllm)
 
     def recipe(self) -> UpcycleRecipe:
         """What a method that trains runs; of ``average`` its stages'."""
@@ -221,24 +256,27 @@ class Cell:
         )
         _write(folder / _SCORES, facts)
 
-    def tune_mllm(self, run: int) -> None:
+    def tune(self, mllm: Mllm) -> None:
         """The same language model, connector, data, steps and seed for each tower."""
         paths = {
-            "out": self.folder / _numbered("mllm", run),
+            "out": self._folder_of(mllm),
             "tower": self.clip,
-            "llm": language_model(self.options),
-            "seed": self.seed + _BETWEEN_RUNS * run,
+            "llm": mllm.llm,
+            "seed": mllm.seed,
         }
-        run_recipe(_load("evidence_mllm", InstructionRecipe, self.options, paths))
+        run_recipe(_load(mllm.recipe, InstructionRecipe, self.options, paths))
 
-    def ask(self, task: str, run: int) -> None:
+    def _folder_of(self, mllm: Mllm) -> Path:
+        return self.folder / f"mllm{mllm.suffix}"
+
+    def ask(self, task: str, mllm: Mllm) -> None:
         """Put a task's test questions to an MLLM, the same to each."""
         config = {"num_questions": self.options.num_questions[task], "seed": self.seed,
                   "split": self.options.splits[0]}  # fmt: skip
-        mllm = self.folder / _numbered("mllm", run)
-        folder = self.folder / _numbered(task, run)
-        stage = Stage("MLLM evaluation", folder, config, [fingerprint_of(mllm)])
-        stages.run(stage, partial(self._ask, task, mllm))
+        asked = self._folder_of(mllm)
+        folder = self.folder / f"{task}{mllm.suffix}"
+        stage = Stage("MLLM evaluation", folder, config, [fingerprint_of(asked)])
+        stages.run(stage, partial(self._ask, task, asked))
 
     def _ask(self, task: str, mllm: Path, folder: Path) -> None:
         model, processor = load_mllm(mllm)
@@ -257,14 +295,12 @@ class Cell:
         file = self.folder / split / _HITS
         return {name: hit.astype(np.float64) for name, hit in load_file(file).items()}
 
-    def answers(self, task: str) -> tuple[np.ndarray, list[str]]:
-        """``(N,)`` mean scores of its MLLMs' answers, and each question's category."""
+    def answers(self, task: str, llm: LanguageModel) -> np.ndarray:
+        """``(N,)`` scores of the answers to each question, of several MLLMs their mean."""
         runs = [
-            read_predictions(self.folder / _numbered(task, run))
-            for run in range(self.num_mllms)
+            read_predictions(self.folder / f"{task}{mllm.suffix}") for mllm in self.mllms(llm)
         ]
-        scores = np.array([[float(one.score or 0.0) for one in answers] for answers in runs])
-        return scores.mean(0), [one.category for one in runs[0]]
+        return np.array([[float(one.score or 0.0) for one in run] for run in runs]).mean(0)
 
     def findings(self) -> dict[str, Any]:
         """Raw figures for ``evidence.json``."""
@@ -280,20 +316,16 @@ class Cell:
             found["seconds_of_stages"] = content["seconds_of_stages"]
             found["num_clusters"] = [one["num_clusters"] for one in content.get("stages", [])]
             found["router_change"] = content.get("router_change", {})
-        if self.num_mllms:
-            found["readers"] = _read(self.folder / "readers" / _SCORES)
-            for task in self.options.num_questions:
-                runs = [
-                    _read(self.folder / _numbered(task, run) / _SCORES)["metrics"]
-                    for run in range(self.num_mllms)
-                ]
-                found[task] = {key: float(np.mean([one[key] for one in runs])) for key in runs[0]}
+        for llm in LANGUAGE_MODELS:
+            if mllms := self.mllms(llm):
+                found["readers"] = _read(self.folder / "readers" / _SCORES)
+                for task in self.options.num_questions:
+                    found[task + mllms[0].suffix] = self._mean_scores(task, mllms)
         return found
 
-
-def _numbered(name: str, run: int) -> str:
-    """The name of what an MLLM of a tower is or finds: a number behind it after the first."""
-    return f"{name}_{run}" if run else name
+    def _mean_scores(self, task: str, mllms: Sequence[Mllm]) -> dict[str, float]:
+        scores = [_read(self.folder / f"{task}{one.suffix}" / _SCORES)["metrics"] for one in mllms]
+        return {key: float(np.mean([one[key] for one in scores])) for key in scores[0]}
 
 
 def base_folder(options: EvidenceOptions) -> Path:
@@ -308,20 +340,19 @@ def train_base(options: EvidenceOptions) -> None:
         run_recipe(_load("evidence_base", ContrastiveRecipe, options, paths))
 
 
-def language_model(options: EvidenceOptions) -> str:
-    """The name or folder that a recipe gets."""
-    if options.llm != "stand_in":
-        return options.llm
-    return os.fspath(Path(options.out) / "stand_in")
+def stand_in_folder(options: EvidenceOptions) -> Path:
+    """Where the small language model is that sees with every tower."""
+    given = options.stand_in
+    return Path(given) if given is not None else Path(options.out) / "stand_in"
 
 
-def train_language_model(options: EvidenceOptions) -> None:
-    """Make the stand-in, one for all cells as a pretrained one is, unless another is given.
+def train_stand_in(options: EvidenceOptions) -> None:
+    """Make the stand-in, one for all cells as a pretrained one is, unless one is given.
 
     It learns from text alone, then to look at pictures through the tower of a CLIP that no cell
     starts from.
     """
-    if options.llm != "stand_in":
+    if options.stand_in is not None:
         return
     of_clip = {"out": Path(options.out) / "llm_clip"}
     clip = run_recipe(_load("evidence_llm_clip", ContrastiveRecipe, options, of_clip))
@@ -356,7 +387,7 @@ def train_language_model(options: EvidenceOptions) -> None:
             "text": _without(text, "out", "llm", "tower", "data"),
             "pictures": _without(pictures, "out", "llm", "tower"),
         }
-        folder = Path(language_model(options))
+        folder = stand_in_folder(options)
         stages.run(Stage("stand-in language model", folder, config, [fingerprint_of(clip)]), make)
 
 

@@ -20,13 +20,14 @@ from train import stages
 from train.clip_evaluation import I2T, T2I, ZERO_SHOT
 from train.evidence.cells import (
     BASE,
-    LANGUAGE_MODEL,
+    LANGUAGE_MODELS,
+    STAND_IN,
     Cell,
     EvidenceOptions,
     base_folder,
     scenes_of,
     train_base,
-    train_language_model,
+    train_stand_in,
 )
 from train.evidence.claims import Claim, difference, share_of_gain
 from train.evidence.experts import examine_experts
@@ -53,6 +54,7 @@ RETRIEVAL_CLAIMS = {
     "retrieval_vs_uniform_routing": ("dmu", "uniform"),
     "retrieval_of_top_4_vs_uniform_routing": ("top_4", "uniform"),
 }
+#: Claim -> task, the method that DMU is compared with, and by how much it should be above it.
 VQA_CLAIMS = {
     "vqa_vs_dense": ("scenes", "dense", 2.0),
     "vqa_vs_direct_finetuning": ("scenes", "direct", 0.0),
@@ -156,8 +158,8 @@ def planned_cells(options: EvidenceOptions) -> list[Cell]:
 def planned_jobs(options: EvidenceOptions, cells: Sequence[Cell]) -> list[Job]:
     """Each after those that it needs; the cells' in the cells' order."""
     jobs = [Job(BASE, partial(train_base, options))]
-    if options.mllm_methods:
-        jobs += [Job(LANGUAGE_MODEL, partial(train_language_model, options))]
+    if options.mllm_methods and options.mllm_runs:
+        jobs += [Job(STAND_IN, partial(train_stand_in, options))]
     for cell in cells:
         jobs += cell.jobs()
         if cell.method == "dmu":
@@ -245,18 +247,20 @@ def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dic
         made["low_rank_share_of_gain"] = share_of_gain(
             retrieval(part), retrieval(whole), retrieval(base), goal=0.95
         )
-    for name, (task, other, goal) in VQA_CLAIMS.items():
-        asked = [
-            (found["dmu"], found[other])
-            for found in by_seed.values()
-            if {"dmu", other} <= {name for name, cell in found.items() if cell.num_mllms}
-        ]
-        if asked and task in options.num_questions:
-            made[name] = difference(
-                [cell.answers(task)[0] for cell, _ in asked],
-                [cell.answers(task)[0] for _, cell in asked],
-                goal,
-            )
+    for llm in LANGUAGE_MODELS:
+        suffix = "" if llm == "stand_in" else f"_{llm}"
+        for name, (task, other, goal) in VQA_CLAIMS.items():
+            asked = [
+                (found["dmu"], found[other])
+                for found in by_seed.values()
+                if {"dmu", other} <= {name for name, cell in found.items() if cell.mllms(llm)}
+            ]
+            if asked and task in options.num_questions:
+                made[name + suffix] = difference(
+                    [cell.answers(task, llm) for cell, _ in asked],
+                    [cell.answers(task, llm) for _, cell in asked],
+                    goal,
+                )
     return made
 
 

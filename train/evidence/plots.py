@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from mllm.diagnosis.plots import EXPERT_COLORS, save_figure
 from mllm.scenes import FACTORS
 from train.evidence.methods import ALL
-from train.evidence.tables import Cells, mean_r1, seeds_of, without_ablations
+from train.evidence.tables import ANSWERED_BY, Cells, mean_r1, seeds_of, without_ablations
 
 _BLUE, _ORANGE, _GREEN, *_ = EXPERT_COLORS
 _GRAY = "#888888"
@@ -34,8 +35,12 @@ def draw(evidence: Mapping[str, Any], folder: Path) -> list[Path]:
         "retrieval": lambda axes: _retrieval(axes, methods, evidence["config"]["splits"]),
         "factors": lambda axes: _factors(axes, methods, split),
     }
-    if any("scenes" in cell for cell in cells.values()):
-        drawn["questions"] = lambda axes: _questions(axes, cells)
+    for suffix, told in ANSWERED_BY.items():
+        if any(f"scenes{suffix}" in cell for cell in cells.values()):
+            title = f"Questions about scenes{told}, by tower"
+            drawn[f"questions{suffix}"] = partial(
+                _questions, cells=cells, task=f"scenes{suffix}", title=title
+            )
     if evidence["experts"]:
         drawn["suppression"] = lambda axes: _suppression(axes, list(evidence["experts"].values()))
     files = []
@@ -104,14 +109,14 @@ def _factors(axes: Any, cells: Cells, split: str) -> None:
     axes.set_title("One-factor changes told apart, % (50 is guessing)")
 
 
-def _questions(axes: Any, cells: Cells) -> None:
-    asked = {name: cell for name, cell in cells.items() if "scenes" in cell}
+def _questions(axes: Any, cells: Cells, task: str, title: str) -> None:
+    asked = {name: cell for name, cell in cells.items() if task in cell}
     methods = [method for method in ALL if seeds_of(asked, method)]
-    first = seeds_of(asked, methods[0])[0]["scenes"]
+    first = seeds_of(asked, methods[0])[0][task]
     keys = [key for key in first if key.startswith("accuracy")]
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
-        found = [cell["scenes"] for cell in seeds_of(asked, method)]
+        found = [cell[task] for cell in seeds_of(asked, method)]
         values = [[100 * one.get(key, float("nan")) for one in found] for key in keys]
         axes.bar(np.arange(len(keys)) + number * width, [statistics.mean(one) for one in values],
                  width, color=EXPERT_COLORS[number % len(EXPERT_COLORS)],
@@ -122,7 +127,7 @@ def _questions(axes: Any, cells: Cells) -> None:
     axes.set_ylabel("answered, %; a line is a standard deviation")
     axes.margins(y=0.15)
     axes.legend(fontsize=8, loc="upper center", ncols=len(methods))
-    axes.set_title("Questions about scenes, by tower")
+    axes.set_title(title)
 
 
 def _suppression(axes: Any, experts: list[Mapping[str, Any]]) -> None:

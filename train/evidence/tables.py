@@ -14,6 +14,9 @@ from train.evidence.methods import ABLATIONS, ALL
 
 Cells = Mapping[str, Mapping[str, Any]]
 
+#: Behind a task's name in a cell -> what a heading says of who answered.
+ANSWERED_BY = {"": "", "_pretrained": ", pretrained language model"}
+
 
 def tables(evidence: Mapping[str, Any]) -> str:
     """All of them, each with a heading."""
@@ -24,9 +27,10 @@ def tables(evidence: Mapping[str, Any]) -> str:
                   retrieval_table(without_ablations(cells), splits)))  # fmt: skip
     parts.append((f"One-factor changes told apart, {splits[0]}, % (50 is guessing)",
                   factor_table(without_ablations(cells), splits[0])))  # fmt: skip
-    parts += [(f"Questions answered, {task}, %", vqa_table(cells, task))
+    parts += [(f"Questions answered, {task}{told}, %", vqa_table(cells, task + suffix))
+              for suffix, told in ANSWERED_BY.items()
               for task in evidence["config"]["num_questions"]
-              if any(task in cell for cell in cells.values())]  # fmt: skip
+              if any(task + suffix in cell for cell in cells.values())]  # fmt: skip
     if readers := {name: cell for name, cell in cells.items() if "readers" in cell}:
         parts.append((f"Facts read from the tower's tokens by linear classifiers, {splits[0]}, %",
                       readers_table(readers)))  # fmt: skip
