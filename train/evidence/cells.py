@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from annotated_types import Ge, Gt
@@ -28,7 +28,7 @@ from train.clip_evaluation import HeldOutScenes, held_out_scenes, measure_clip
 from train.config import load_recipe
 from train.contrastive import LOG_FILE
 from train.dmu import EXPERT_FILE
-from train.evidence.methods import ALL, METHODS
+from train.evidence.methods import ALL, LANGUAGE_MODELS, METHODS, LanguageModel
 from train.evidence.readers import read_facts
 from train.evidence.stand_in import make_untrained, take_language_model, write_questions
 from train.evidence.workers import Job
@@ -39,8 +39,6 @@ from vision_moe import CLIPMoEModel, ffn_state_dict, load, save, spread_experts
 
 R = TypeVar("R", bound=Recipe)
 Split = Literal["validation", "test", "compositional"]
-LanguageModel = Literal["stand_in", "pretrained"]
-LANGUAGE_MODELS: tuple[LanguageModel, ...] = get_args(LanguageModel)
 
 #: Its pictures and its weights are no cell's.
 _BASE_SEED = 1000
@@ -138,18 +136,19 @@ class Cell:
 
     def mllms(self, llm: LanguageModel) -> list[Mllm]:
         """What sees with its tower; the answers of several count in the mean."""
-        options, seeds = self.options, self.options.mllm_seeds
+        options, seeds, suffix = self.options, self.options.mllm_seeds, LANGUAGE_MODELS[llm]
         if self.method not in options.mllm_methods:
             return []
         if seeds is not None and self.seed not in seeds:
             return []
         if llm == "pretrained":
             given = options.pretrained_llm
-            return [Mllm("_pretrained", "evidence_mllm_lora", given, self.seed)] if given else []
+            return [Mllm(suffix, "evidence_mllm_lora", given, self.seed)] if given else []
         name = os.fspath(stand_in_folder(options))
+        suffixes = [f"{suffix}_{run}" if run else suffix for run in range(options.mllm_runs)]
         return [
-            Mllm(f"_{run}" if run else "", "evidence_mllm", name, self.seed + run * _BETWEEN_RUNS)
-            for run in range(options.mllm_runs)
+            Mllm(one, "evidence_mllm", name, self.seed + run * _BETWEEN_RUNS)
+            for run, one in enumerate(suffixes)
         ]
 
     def jobs(self) -> list[Job]:
@@ -316,11 +315,11 @@ class Cell:
             found["seconds_of_stages"] = content["seconds_of_stages"]
             found["num_clusters"] = [one["num_clusters"] for one in content.get("stages", [])]
             found["router_change"] = content.get("router_change", {})
-        for llm in LANGUAGE_MODELS:
+        for llm, suffix in LANGUAGE_MODELS.items():
             if mllms := self.mllms(llm):
                 found["readers"] = _read(self.folder / "readers" / _SCORES)
                 for task in self.options.num_questions:
-                    found[task + mllms[0].suffix] = self._mean_scores(task, mllms)
+                    found[task + suffix] = self._mean_scores(task, mllms)
         return found
 
     def _mean_scores(self, task: str, mllms: Sequence[Mllm]) -> dict[str, float]:

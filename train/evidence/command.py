@@ -20,7 +20,6 @@ from train import stages
 from train.clip_evaluation import I2T, T2I, ZERO_SHOT
 from train.evidence.cells import (
     BASE,
-    LANGUAGE_MODELS,
     STAND_IN,
     Cell,
     EvidenceOptions,
@@ -31,7 +30,7 @@ from train.evidence.cells import (
 )
 from train.evidence.claims import Claim, difference, share_of_gain
 from train.evidence.experts import examine_experts
-from train.evidence.methods import ABLATIONS, in_order
+from train.evidence.methods import ABLATIONS, LANGUAGE_MODELS, in_order
 from train.evidence.plots import draw
 from train.evidence.tables import tables
 from train.evidence.workers import Job, finished
@@ -247,8 +246,7 @@ def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dic
         made["low_rank_share_of_gain"] = share_of_gain(
             retrieval(part), retrieval(whole), retrieval(base), goal=0.95
         )
-    for llm in LANGUAGE_MODELS:
-        suffix = "" if llm == "stand_in" else f"_{llm}"
+    for llm, suffix in LANGUAGE_MODELS.items():
         for name, (task, other, goal) in VQA_CLAIMS.items():
             asked = [
                 (found["dmu"], found[other])

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from train.config import nearest_name
 from vision_moe import InputError
+
+LanguageModel = Literal["stand_in", "pretrained"]
+
+#: Who sees with a tower -> what stands behind the names of what it finds.
+LANGUAGE_MODELS: dict[LanguageModel, str] = {"stand_in": "", "pretrained": "_pretrained"}
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ from typing import Any
 
 from mllm.scenes import FACTORS
 from train.clip_evaluation import I2T, T2I, ZERO_SHOT
-from train.evidence.methods import ABLATIONS, ALL
+from train.evidence.methods import ABLATIONS, ALL, LANGUAGE_MODELS
 
 Cells = Mapping[str, Mapping[str, Any]]
 
 #: Behind a task's name in a cell -> what a heading says of who answered.
-ANSWERED_BY = {"": "", "_pretrained": ", pretrained language model"}
+ANSWERED_BY = {
+    LANGUAGE_MODELS["stand_in"]: "",
+    LANGUAGE_MODELS["pretrained"]: ", pretrained language model",
+}
 
 
 def tables(evidence: Mapping[str, Any]) -> str:
