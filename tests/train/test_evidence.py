@@ -1,5 +1,6 @@
 """``mllm bench evidence`` on a tiny scale: its cells, its claims, and what a second run makes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ from train.evidence.cells import (
 from train.evidence.claims import difference, share_of_gain
 from train.evidence.command import _minutes_left, planned_cells, planned_jobs, run
 from train.evidence.experts import suppression, within_clusters
-from train.evidence.methods import METHODS, in_order
+from train.evidence.methods import CLIP_LOSS_ALONE, METHODS, in_order
 from train.evidence.stand_in import make_untrained, take_language_model
 from train.evidence.tables import tables
 from train.evidence.workers import Job
@@ -209,6 +210,44 @@ def test_pretrained_language_model_sees_with_each_tower_too(
     assert (tmp_path / "out" / "questions_pretrained.png").is_file()
 
 
+def test_clip_loss_alone_is_asked_beside_what_it_lacks(
+    finished: Path, options: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    run([*options, f"out={tmp_path / 'out'}", "seeds=[1]", "methods=[direct, dmu]",
+         "clip_loss_alone=true"])  # fmt: skip
+    found = evidence(tmp_path / "out")
+    asked = {name for name, cell in found["cells"].items() if "scenes" in cell}
+    assert asked == {"dense-1", "direct-1", "dmu-1", *(f"{name}-1" for name in CLIP_LOSS_ALONE)}
+    assert found["claims"].keys() >= {
+        "vqa_vs_direct_finetuning_of_clip_loss", "vqa_of_clip_loss_vs_direct_finetuning",
+        "retrieval_of_clip_loss_vs_direct_finetuning",
+    }  # fmt: skip
+    assert all(
+        method.title in (tmp_path / "out" / "tables.md").read_text()
+        for method in CLIP_LOSS_ALONE.values()
+    )
+
+
+@pytest.mark.parametrize("name", ["direct", "direct_ffn", "dmu"])
+def test_clip_loss_alone_lacks_the_other_losses_and_nothing_else(name: str, base: Path) -> None:
+    options = EvidenceOptions(base=str(base))
+    whole, alone = (Cell(one, 0, options).recipe() for one in (name, f"{name}_clip_loss"))
+    assert whole.stage.patch_loss > 0 and whole.stage.earlier_pairs > 0
+    changed = {"patch_loss": 0, "earlier_pairs": 0}
+    for part in ("stage", "router"):
+        assert getattr(alone, part) == dataclasses.replace(getattr(whole, part), **changed)
+    rest = {"stage": whole.stage, "router": whole.router, "out": whole.out}
+    assert dataclasses.replace(alone, **rest) == whole
+
+
+def test_pretrained_language_model_sees_with_the_towers_of_the_claims() -> None:
+    options = EvidenceOptions(methods=("dmu",), clip_loss_alone=True, pretrained_llm="embedded")
+    names = {job.name for job in planned_jobs(options, planned_cells(options))}
+    assert "MLLM_pretrained of dmu-1" in names and "MLLM of dmu_clip_loss-1" in names
+    assert "MLLM_pretrained of dmu_clip_loss-1" not in names
+
+
 def test_pretrained_language_model_alone_needs_no_stand_in() -> None:
     options = EvidenceOptions(methods=("dmu",), mllm_runs=0, pretrained_llm="embedded")
     jobs = planned_jobs(options, planned_cells(options))
@@ -334,7 +373,8 @@ def test_ablations_run_with_one_seed() -> None:
 
 def test_each_method_trains_for_as_many_steps(base: Path, tmp_path: Path) -> None:
     options = EvidenceOptions(out=str(tmp_path), base=str(base))
-    recipes = {name: Cell(name, 0, options).recipe() for name in METHODS}
+    methods = (*METHODS, *CLIP_LOSS_ALONE)
+    recipes = {name: Cell(name, 0, options).recipe() for name in methods}
     steps = {(one.stage.steps, one.router.steps, one.num_experts) for one in recipes.values()}
     assert len(steps) == 1
 

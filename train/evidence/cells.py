@@ -57,6 +57,8 @@ class EvidenceOptions:
         out: Folder of the cells and of what is found.
         seeds: Of data, clusters, routers and test questions; one cell for each and method.
         methods: See :mod:`train.evidence.methods`.
+        clip_loss_alone: Also direct fine-tuning and DMU with CLIP's loss alone, as the paper has
+            them, and the stand-in with their towers.
         ablations: Also every ablation, with the first seed alone.
         mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
         mllm_seeds: Those of the seeds whose MLLMs run; all by default.
@@ -66,7 +68,7 @@ class EvidenceOptions:
         stand_in: Folder of a small language model that sees with each tower; without, one is
             trained (:mod:`train.evidence.stand_in`).
         num_text_scenes: Whose captions and questions the stand-in learns from.
-        pretrained_llm: Another that sees with each tower, once, tuned by low-rank adapters
+        pretrained_llm: Another that sees with the claims' towers, once, tuned by low-rank adapters
             (recipe ``evidence_mllm_lora``): ``embedded`` (SmolLM2), a folder, or a name on the
             model hub. None by default: it takes far longer.
         splits: The first is what claims rest on. To choose by: ``[validation]``.
@@ -79,6 +81,7 @@ class EvidenceOptions:
     out: str = "runs/evidence"
     seeds: tuple[Annotated[int, Ge(0)], ...] = (0, 1, 2)
     methods: tuple[str, ...] = tuple(METHODS)
+    clip_loss_alone: bool = False
     ablations: bool = False
     mllm_methods: tuple[str, ...] = ("dense", "direct", "direct_ffn", "dmu")
     mllm_seeds: tuple[int, ...] | None = None
@@ -142,7 +145,7 @@ class Cell:
         if seeds is not None and self.seed not in seeds:
             return []
         if llm == "pretrained":
-            given = options.pretrained_llm
+            given = options.pretrained_llm if self.method in METHODS else None
             return [Mllm(suffix, "evidence_mllm_lora", given, self.seed)] if given else []
         name = os.fspath(stand_in_folder(options))
         suffixes = [f"{suffix}_{run}" if run else suffix for run in range(options.mllm_runs)]

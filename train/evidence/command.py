@@ -30,7 +30,7 @@ from train.evidence.cells import (
 )
 from train.evidence.claims import Claim, difference, share_of_gain
 from train.evidence.experts import examine_experts
-from train.evidence.methods import ABLATIONS, LANGUAGE_MODELS, in_order
+from train.evidence.methods import ABLATIONS, CLIP_LOSS_ALONE, LANGUAGE_MODELS, in_order
 from train.evidence.plots import draw
 from train.evidence.tables import tables
 from train.evidence.workers import Job, finished
@@ -52,14 +52,24 @@ RETRIEVAL_CLAIMS = {
     # All four experts, evenly: twice the experts of top-2, as many as top-4.
     "retrieval_vs_uniform_routing": ("dmu", "uniform"),
     "retrieval_of_top_4_vs_uniform_routing": ("top_4", "uniform"),
+    "retrieval_of_clip_loss_vs_direct_finetuning": ("dmu_clip_loss", "direct_clip_loss"),
+    "retrieval_of_clip_loss_vs_direct_finetuning_ffn": ("dmu_clip_loss", "direct_ffn_clip_loss"),
 }
-#: Claim -> task, the method that DMU is compared with, and by how much it should be above it.
+#: Claim -> task, two methods, and by how much the first should be above the other.
 VQA_CLAIMS = {
-    "vqa_vs_dense": ("scenes", "dense", 2.0),
-    "vqa_vs_direct_finetuning": ("scenes", "direct", 0.0),
-    "vqa_vs_direct_finetuning_ffn": ("scenes", "direct_ffn", 0.0),
-    "easy_vqa_vs_dense": ("easy_vqa", "dense", 0.0),
-}
+    "vqa_vs_dense": ("scenes", "dmu", "dense", 2.0),
+    "vqa_vs_direct_finetuning": ("scenes", "dmu", "direct", 0.0),
+    "vqa_vs_direct_finetuning_ffn": ("scenes", "dmu", "direct_ffn", 0.0),
+    "easy_vqa_vs_dense": ("easy_vqa", "dmu", "dense", 0.0),
+    "vqa_vs_direct_finetuning_of_clip_loss": ("scenes", "dmu", "direct_clip_loss", 0.0),
+    "vqa_vs_direct_finetuning_ffn_of_clip_loss": ("scenes", "dmu", "direct_ffn_clip_loss", 0.0),
+    "vqa_of_clip_loss_vs_direct_finetuning": (
+        "scenes", "dmu_clip_loss", "direct_clip_loss", 0.0
+    ),
+    "vqa_of_clip_loss_vs_direct_finetuning_ffn": (
+        "scenes", "dmu_clip_loss", "direct_ffn_clip_loss", 0.0
+    ),
+}  # fmt: skip
 _DIAGNOSED_SCENES = 500
 
 
@@ -141,11 +151,12 @@ def planned_cells(options: EvidenceOptions) -> list[Cell]:
         raise InputError("option 'seeds' and option 'splits' must name at least one")
     if unknown := set(options.num_questions) - {"scenes", "easy_vqa"}:
         raise InputError(f"option 'num_questions': no task '{min(unknown)}' here")
-    names = in_order(options.methods)
-    if without_clip := set(options.mllm_methods) - set(names):
-        # Not asked for, as a CLIP: as an MLLM neither.
-        mllm_methods = tuple(n for n in options.mllm_methods if n not in without_clip)
+    more = tuple(CLIP_LOSS_ALONE) if options.clip_loss_alone else ()
+    names = in_order((*options.methods, *more))
+    if options.mllm_methods:
         in_order(options.mllm_methods)
+        # Not asked for, as a CLIP: as an MLLM neither.
+        mllm_methods = tuple(n for n in (*options.mllm_methods, *more) if n in names)
         options = dataclasses.replace(options, mllm_methods=mllm_methods)
     cells = [Cell(name, seed, options) for seed in options.seeds for name in names]
     if options.ablations:
@@ -247,11 +258,11 @@ def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dic
             retrieval(part), retrieval(whole), retrieval(base), goal=0.95
         )
     for llm, suffix in LANGUAGE_MODELS.items():
-        for name, (task, other, goal) in VQA_CLAIMS.items():
+        for name, (task, one, other, goal) in VQA_CLAIMS.items():
             asked = [
-                (found["dmu"], found[other])
+                (found[one], found[other])
                 for found in by_seed.values()
-                if {"dmu", other} <= {name for name, cell in found.items() if cell.mllms(llm)}
+                if {one, other} <= {name for name, cell in found.items() if cell.mllms(llm)}
             ]
             if asked and task in options.num_questions:
                 made[name + suffix] = difference(

@@ -95,7 +95,26 @@ ABLATIONS: dict[str, Method] = {
     "no_balance": Method("no balance loss", ("router.balance=0",), stages_of="dmu"),
 }
 
-ALL = {**METHODS, **ABLATIONS}
+# As the paper trains: no loss on patch tokens, no negatives but the batch's.
+_CLIP_LOSS = (
+    "stage.patch_loss=0", "router.patch_loss=0", "stage.earlier_pairs=0", "router.earlier_pairs=0"
+)  # fmt: skip
+
+#: Both sides of the question with CLIP's loss alone: what of the difference is the mixture's, what
+#: the losses'. Rates as for :data:`METHODS`.
+CLIP_LOSS_ALONE: dict[str, Method] = {
+    "direct_clip_loss": Method(
+        "direct fine-tuning, all parameters, CLIP's loss alone",
+        ("method=direct", "stage.lr=5.0e-4", *_CLIP_LOSS),
+    ),
+    "direct_ffn_clip_loss": Method(
+        "direct fine-tuning, FFN, CLIP's loss alone",
+        ("method=direct", "direct_parameters=ffn", "stage.lr=2.0e-3", *_CLIP_LOSS),
+    ),
+    "dmu_clip_loss": Method("CLIP-MoE (DMU), CLIP's loss alone", _CLIP_LOSS),
+}
+
+ALL = {**METHODS, **CLIP_LOSS_ALONE, **ABLATIONS}
 
 
 def in_order(names: tuple[str, ...]) -> tuple[str, ...]:

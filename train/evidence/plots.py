@@ -43,9 +43,10 @@ def draw(evidence: Mapping[str, Any], folder: Path) -> list[Path]:
             )
     if evidence["experts"]:
         drawn["suppression"] = lambda axes: _suppression(axes, list(evidence["experts"].values()))
+    heights = {"factors": 5.2, "claims": max(4.2, 1.2 + 0.2 * len(evidence["claims"]))}
     files = []
     for name, fill in drawn.items():
-        figure = Figure(figsize=(8.5, 5.2 if name == "factors" else 4.2), layout="constrained")
+        figure = Figure(figsize=(8.5, heights.get(name, 4.2)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
@@ -125,8 +126,7 @@ def _questions(axes: Any, cells: Cells, task: str, title: str) -> None:
     names = [key.removeprefix("accuracy").removeprefix("_") or "all" for key in keys]
     axes.set_xticks(np.arange(len(keys)) + 0.4 - width / 2, names)
     axes.set_ylabel("answered, %; a line is a standard deviation")
-    axes.margins(y=0.15)
-    axes.legend(fontsize=8, loc="upper center", ncols=len(methods))
+    axes.figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     axes.set_title(title)
 
 
