@@ -35,7 +35,13 @@ from train.evidence.cells import (
 from train.evidence.claims import difference, share_of_gain
 from train.evidence.command import _minutes_left, planned_cells, planned_jobs, run
 from train.evidence.experts import suppression, within_clusters
-from train.evidence.methods import CLIP_LOSS_ALONE, METHODS, in_order
+from train.evidence.methods import (
+    CLIP_LOSS_ALONE,
+    LANGUAGE_MODELS,
+    METHODS,
+    LanguageModel,
+    in_order,
+)
 from train.evidence.stand_in import make_untrained, take_language_model
 from train.evidence.tables import tables
 from train.evidence.workers import Job
@@ -162,21 +168,29 @@ def test_fewer_methods_and_mllms_in_a_folder_of_more_are_summed_up(
     assert one["experts"]["0"]["suppression"] == both["experts"]["0"]["suppression"]
 
 
+@pytest.mark.parametrize("llm", LANGUAGE_MODELS)
 def test_a_second_mllm_of_a_tower_is_asked_the_same_and_counts_as_much(
-    finished: Path, options: list[str], tmp_path: Path
+    llm: LanguageModel, finished: Path, options: list[str], llm_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished, tmp_path / "out")
+    two = {
+        "stand_in": ["mllm_runs=2"],
+        "pretrained": [f"pretrained_llm={llm_folder}", "pretrained_runs=2"],
+    }
     changed = [
         *options, f"out={tmp_path / 'out'}", "seeds=[1]", "methods=[dmu]", "mllm_methods=[dmu]",
-        "mllm_runs=2",
+        *two[llm],
     ]  # fmt: skip
     run(changed)
     cell = Cell("dmu", 1, parse_options(EvidenceOptions, changed))
-    first, second = (read_predictions(cell.folder / name) for name in ("scenes", "scenes_1"))
+    suffix = LANGUAGE_MODELS[llm]
+    tasks = f"scenes{suffix}", f"scenes{suffix}_1"
+    first, second = (read_predictions(cell.folder / name) for name in tasks)
     assert [one.question_id for one in first] == [one.question_id for one in second]
-    weights = [load_file(cell.folder / f"{name}/model.safetensors") for name in ("mllm", "mllm_1")]
+    names = f"mllm{suffix}", f"mllm{suffix}_1"
+    weights = [load_file(cell.folder / f"{name}/model.safetensors") for name in names]
     assert any(not torch.equal(one, weights[1][name]) for name, one in weights[0].items())
-    for name, score in (("scenes", 0.0), ("scenes_1", 1.0)):
+    for name, score in zip(tasks, (0.0, 1.0), strict=True):
         file = cell.folder / name / "scores.json"
         content = json.loads(file.read_text())
         content["metrics"]["accuracy"] = score
@@ -184,8 +198,8 @@ def test_a_second_mllm_of_a_tower_is_asked_the_same_and_counts_as_much(
         lines = (cell.folder / name / "predictions.jsonl").read_text().splitlines()
         told = [json.dumps(json.loads(line) | {"score": score}) for line in lines]
         (cell.folder / name / "predictions.jsonl").write_text("\n".join(told) + "\n")
-    assert cell.findings()["scenes"]["accuracy"] == 0.5
-    np.testing.assert_array_equal(cell.answers("scenes", "stand_in"), np.full(len(first), 0.5))
+    assert cell.findings()[f"scenes{suffix}"]["accuracy"] == 0.5
+    np.testing.assert_array_equal(cell.answers("scenes", llm), np.full(len(first), 0.5))
 
 
 def test_pretrained_language_model_sees_with_each_tower_too(

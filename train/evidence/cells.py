@@ -68,9 +68,10 @@ class EvidenceOptions:
         stand_in: Folder of a small language model that sees with each tower; without, one is
             trained (:mod:`train.evidence.stand_in`).
         num_text_scenes: Whose captions and questions the stand-in learns from.
-        pretrained_llm: Another that sees with the claims' towers, once, tuned by low-rank adapters
+        pretrained_llm: Another that sees with the claims' towers, tuned by low-rank adapters
             (recipe ``evidence_mllm_lora``): ``embedded`` (SmolLM2), a folder, or a name on the
             model hub. None by default: it takes far longer.
+        pretrained_runs: MLLMs of each tower with that one, as ``mllm_runs``.
         splits: The first is what claims rest on. To choose by: ``[validation]``.
         num_pairs: Scenes of each split, candidates of the retrieval.
         num_questions: By task.
@@ -90,6 +91,7 @@ class EvidenceOptions:
     stand_in: str | None = None
     num_text_scenes: Annotated[int, Gt(0)] = 16_000
     pretrained_llm: str | None = None
+    pretrained_runs: Annotated[int, Gt(0)] = 1
     splits: tuple[Split, ...] = ("test", "compositional")
     num_pairs: Annotated[int, Gt(1)] = 2000
     num_questions: dict[str, int] = field(
@@ -144,13 +146,17 @@ class Cell:
             return []
         if seeds is not None and self.seed not in seeds:
             return []
-        if llm == "pretrained":
-            given = options.pretrained_llm if self.method in METHODS else None
-            return [Mllm(suffix, "evidence_mllm_lora", given, self.seed)] if given else []
-        name = os.fspath(stand_in_folder(options))
-        suffixes = [f"{suffix}_{run}" if run else suffix for run in range(options.mllm_runs)]
+        if llm == "stand_in":
+            recipe, name = "evidence_mllm", os.fspath(stand_in_folder(options))
+            runs = options.mllm_runs
+        else:
+            if options.pretrained_llm is None or self.method not in METHODS:
+                return []
+            recipe, name = "evidence_mllm_lora", options.pretrained_llm
+            runs = options.pretrained_runs
+        suffixes = [f"{suffix}_{run}" if run else suffix for run in range(runs)]
         return [
-            Mllm(one, "evidence_mllm", name, self.seed + run * _BETWEEN_RUNS)
+            Mllm(one, recipe, name, self.seed + run * _BETWEEN_RUNS)
             for run, one in enumerate(suffixes)
         ]
 
