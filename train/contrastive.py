@@ -29,6 +29,7 @@ from train.recipe import (
     ContrastiveTraining,
     Precision,
     RouterTraining,
+    UpcycleRecipe,
 )
 from train.router_losses import router_z_loss
 from train.schedule import learning_rate_schedule
@@ -316,6 +317,29 @@ def write_log(folder: Path, **content: Any) -> None:
     (folder / LOG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def write_model(
+    recipe: ContrastiveRecipe | UpcycleRecipe,
+    model: CLIPMoEModel,
+    training: ContrastiveTraining,
+    pairs: Pairs,
+    history: list[dict[str, float]],
+    folder: Path,
+    **more: Any,
+) -> None:
+    """Write what a run has made, its recipe, and what it has to tell beside them."""
+    save(model, folder)
+    save_resolved(recipe, folder / RECIPE_FILE)
+    write_log(
+        folder,
+        training=asdict(training),
+        num_processes=processes().num_processes,
+        num_pairs=len(pairs),
+        **more,
+        skipped_pairs=pairs.skipped,
+        history=history,
+    )
+
+
 def _make(recipe: ContrastiveRecipe, stage: Stage, folder: Path) -> None:
     model = start_model(recipe.model, recipe.pretrained, recipe.seed)
     check_patch_loss(model, recipe.training)
@@ -333,14 +357,5 @@ def _make(recipe: ContrastiveRecipe, stage: Stage, folder: Path) -> None:
         precision=recipe.precision,
         save_steps=recipe.save_steps,
     )
-    save(model, folder)
-    save_resolved(recipe, folder / RECIPE_FILE)
-    write_log(
-        folder,
-        training=asdict(training),
-        num_processes=processes().num_processes,
-        num_pairs=len(pairs),
-        skipped_pairs=pairs.skipped,
-        history=history,
-    )
+    write_model(recipe, model, training, pairs, history, folder)
     tell_of_skipped(pairs.skipped, len(pairs), recipe.out)

@@ -25,16 +25,15 @@ from torch import Tensor, nn
 
 from train import stages
 from train.blocks import expert_sites, moe_config, router_options
-from train.config import save_resolved
 from train.contrastive import (
     LOG_FILE,
-    RECIPE_FILE,
     check_patch_loss,
     configuration,
     model_inputs,
     start_model,
     train_contrastive,
     write_log,
+    write_model,
 )
 from train.experts import expert_state, load_expert, trained_networks
 from train.pair_batches import EpochBatches, cluster_batches, random_batches
@@ -59,7 +58,6 @@ from vision_moe import (
     ffn_state_dict,
     moe_layers,
     num_occupied_clusters,
-    save,
     spread_experts,
     spread_low_rank_experts,
     stretch_text_context,
@@ -306,18 +304,16 @@ def _assemble(
             precision=recipe.precision,
             save_steps=recipe.save_steps,
         )
-    save(model, folder)
-    save_resolved(recipe, folder / RECIPE_FILE)
-    write_log(
+    write_model(
+        recipe,
+        model,
+        training,
+        pairs,
+        history,
         folder,
-        training=asdict(training),
-        num_processes=processes().num_processes,
-        num_pairs=len(pairs),
         seconds_of_stages=seconds_of_stages,
         router_change={name: _relative_change(start[name], w) for name, w in routers.items()},
         stages=[_stage_log(stage) for stage in mcl],
-        skipped_pairs=pairs.skipped,
-        history=history,
     )
 
 
@@ -349,17 +345,7 @@ def _fine_tune(
         precision=recipe.precision,
         save_steps=recipe.save_steps,
     )
-    save(base, folder)
-    save_resolved(recipe, folder / RECIPE_FILE)
-    write_log(
-        folder,
-        training=asdict(training),
-        num_processes=processes().num_processes,
-        num_pairs=len(pairs),
-        seconds_of_stages=0.0,
-        skipped_pairs=pairs.skipped,
-        history=history,
-    )
+    write_model(recipe, base, training, pairs, history, folder, seconds_of_stages=0.0)
 
 
 def _router_parameters(recipe: UpcycleRecipe, layer: MoEFeedForward) -> list[nn.Parameter]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from train import progress, run_recipe, stages
+from tests.train.test_checkpoints import run_killed_after
+from train import run_recipe, stages
 from train.config import load_recipe
 from train.parts import set_trainable
 from train.recipe import (
@@ -103,26 +104,6 @@ def test_folder_with_another_configuration_is_refused(recipe: InstructionRecipe)
     recipe.seed = 1
     with pytest.raises(InputError, match="'seed' is 0 there and 1 now"):
         run_recipe(recipe)
-
-
-class Killed(BaseException):
-    """Stands for a signal: nothing below catches it."""
-
-
-def run_killed_after(
-    recipe: InstructionRecipe, num_steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = progress.ProgressBar.on_step_end
-
-    def kill(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        original(self, args, state, control, **rest)
-        if state.global_step == num_steps:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.ProgressBar, "on_step_end", kill)
-        with pytest.raises(Killed):
-            run_recipe(recipe)
 
 
 def test_resumed_run_ends_with_the_weights_of_an_unbroken_one(
