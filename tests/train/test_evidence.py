@@ -36,7 +36,7 @@ from train.evidence.claims import difference, share_of_gain
 from train.evidence.command import _minutes_left, planned_cells, planned_jobs, run
 from train.evidence.experts import suppression, within_clusters
 from train.evidence.methods import (
-    CLIP_LOSS_ALONE,
+    FEWER_LOSSES,
     LANGUAGE_MODELS,
     METHODS,
     LanguageModel,
@@ -224,31 +224,43 @@ def test_pretrained_language_model_sees_with_each_tower_too(
     assert (tmp_path / "out" / "questions_pretrained.png").is_file()
 
 
-def test_clip_loss_alone_is_asked_beside_what_it_lacks(
+def test_fewer_losses_are_asked_beside_what_they_lack(
     finished: Path, options: list[str], tmp_path: Path
 ) -> None:
     shutil.copytree(finished, tmp_path / "out")
     run([*options, f"out={tmp_path / 'out'}", "seeds=[1]", "methods=[direct, dmu]",
-         "clip_loss_alone=true"])  # fmt: skip
+         "fewer_losses=true"])  # fmt: skip
     found = evidence(tmp_path / "out")
     asked = {name for name, cell in found["cells"].items() if "scenes" in cell}
-    assert asked == {"dense-1", "direct-1", "dmu-1", *(f"{name}-1" for name in CLIP_LOSS_ALONE)}
+    assert asked == {"dense-1", "direct-1", "dmu-1", *(f"{name}-1" for name in FEWER_LOSSES)}
     assert found["claims"].keys() >= {
         "vqa_vs_direct_finetuning_of_clip_loss", "vqa_of_clip_loss_vs_direct_finetuning",
-        "retrieval_of_clip_loss_vs_direct_finetuning",
+        "retrieval_of_clip_loss_vs_direct_finetuning", "retrieval_vs_no_patch_loss",
+        "vqa_vs_no_patch_loss", "vqa_vs_no_earlier_pairs",
     }  # fmt: skip
     assert all(
         method.title in (tmp_path / "out" / "tables.md").read_text()
-        for method in CLIP_LOSS_ALONE.values()
+        for method in FEWER_LOSSES.values()
     )
 
 
-@pytest.mark.parametrize("name", ["direct", "direct_ffn", "dmu"])
-def test_clip_loss_alone_lacks_the_other_losses_and_nothing_else(name: str, base: Path) -> None:
+@pytest.mark.parametrize(
+    ("fewer", "name", "lacks"),
+    [
+        ("direct_clip_loss", "direct", {"patch_loss", "earlier_pairs"}),
+        ("direct_ffn_clip_loss", "direct_ffn", {"patch_loss", "earlier_pairs"}),
+        ("dmu_clip_loss", "dmu", {"patch_loss", "earlier_pairs"}),
+        ("patch_loss_0", "dmu", {"patch_loss"}),
+        ("earlier_pairs_0", "dmu", {"earlier_pairs"}),
+    ],
+)
+def test_fewer_losses_lack_these_and_nothing_else(
+    fewer: str, name: str, lacks: set[str], base: Path
+) -> None:
     options = EvidenceOptions(base=str(base))
-    whole, alone = (Cell(one, 0, options).recipe() for one in (name, f"{name}_clip_loss"))
+    whole, alone = (Cell(one, 0, options).recipe() for one in (name, fewer))
     assert whole.stage.patch_loss > 0 and whole.stage.earlier_pairs > 0
-    changed = {"patch_loss": 0, "earlier_pairs": 0}
+    changed: dict[str, Any] = dict.fromkeys(lacks, 0)
     for part in ("stage", "router"):
         assert getattr(alone, part) == dataclasses.replace(getattr(whole, part), **changed)
     rest = {"stage": whole.stage, "router": whole.router, "out": whole.out}
@@ -256,7 +268,7 @@ def test_clip_loss_alone_lacks_the_other_losses_and_nothing_else(name: str, base
 
 
 def test_pretrained_language_model_sees_with_the_towers_of_the_claims() -> None:
-    options = EvidenceOptions(methods=("dmu",), clip_loss_alone=True, pretrained_llm="embedded")
+    options = EvidenceOptions(methods=("dmu",), fewer_losses=True, pretrained_llm="embedded")
     names = {job.name for job in planned_jobs(options, planned_cells(options))}
     assert "MLLM_pretrained of dmu-1" in names and "MLLM of dmu_clip_loss-1" in names
     assert "MLLM_pretrained of dmu_clip_loss-1" not in names
@@ -387,7 +399,7 @@ def test_ablations_run_with_one_seed() -> None:
 
 def test_each_method_trains_for_as_many_steps(base: Path, tmp_path: Path) -> None:
     options = EvidenceOptions(out=str(tmp_path), base=str(base))
-    methods = (*METHODS, *CLIP_LOSS_ALONE)
+    methods = (*METHODS, *FEWER_LOSSES)
     recipes = {name: Cell(name, 0, options).recipe() for name in methods}
     steps = {(one.stage.steps, one.router.steps, one.num_experts) for one in recipes.values()}
     assert len(steps) == 1

@@ -57,8 +57,9 @@ class EvidenceOptions:
         out: Folder of the cells and of what is found.
         seeds: Of data, clusters, routers and test questions; one cell for each and method.
         methods: See :mod:`train.evidence.methods`.
-        clip_loss_alone: Also direct fine-tuning and DMU with CLIP's loss alone, as the paper has
-            them, and the stand-in with their towers.
+        fewer_losses: Also direct fine-tuning and DMU with CLIP's loss alone, as the paper has
+            them, DMU without the loss on patch tokens and without pairs of earlier batches, and
+            the stand-in with their towers.
         ablations: Also every ablation, with the first seed alone.
         mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
         mllm_seeds: Those of the seeds whose MLLMs run; all by default.
@@ -82,7 +83,7 @@ class EvidenceOptions:
     out: str = "runs/evidence"
     seeds: tuple[Annotated[int, Ge(0)], ...] = (0, 1, 2)
     methods: tuple[str, ...] = tuple(METHODS)
-    clip_loss_alone: bool = False
+    fewer_losses: bool = False
     ablations: bool = False
     mllm_methods: tuple[str, ...] = ("dense", "direct", "direct_ffn", "dmu")
     mllm_seeds: tuple[int, ...] | None = None

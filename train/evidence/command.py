@@ -30,7 +30,7 @@ from train.evidence.cells import (
 )
 from train.evidence.claims import Claim, difference, share_of_gain
 from train.evidence.experts import examine_experts
-from train.evidence.methods import ABLATIONS, CLIP_LOSS_ALONE, LANGUAGE_MODELS, in_order
+from train.evidence.methods import ABLATIONS, FEWER_LOSSES, LANGUAGE_MODELS, in_order
 from train.evidence.plots import draw
 from train.evidence.tables import tables
 from train.evidence.workers import Job, finished
@@ -54,6 +54,8 @@ RETRIEVAL_CLAIMS = {
     "retrieval_of_top_4_vs_uniform_routing": ("top_4", "uniform"),
     "retrieval_of_clip_loss_vs_direct_finetuning": ("dmu_clip_loss", "direct_clip_loss"),
     "retrieval_of_clip_loss_vs_direct_finetuning_ffn": ("dmu_clip_loss", "direct_ffn_clip_loss"),
+    "retrieval_vs_no_patch_loss": ("dmu", "patch_loss_0"),
+    "retrieval_vs_no_earlier_pairs": ("dmu", "earlier_pairs_0"),
 }
 #: Claim -> task, two methods, and by how much the first should be above the other.
 VQA_CLAIMS = {
@@ -69,6 +71,8 @@ VQA_CLAIMS = {
     "vqa_of_clip_loss_vs_direct_finetuning_ffn": (
         "scenes", "dmu_clip_loss", "direct_ffn_clip_loss", 0.0
     ),
+    "vqa_vs_no_patch_loss": ("scenes", "dmu", "patch_loss_0", 0.0),
+    "vqa_vs_no_earlier_pairs": ("scenes", "dmu", "earlier_pairs_0", 0.0),
 }  # fmt: skip
 _DIAGNOSED_SCENES = 500
 
@@ -151,7 +155,7 @@ def planned_cells(options: EvidenceOptions) -> list[Cell]:
         raise InputError("option 'seeds' and option 'splits' must name at least one")
     if unknown := set(options.num_questions) - {"scenes", "easy_vqa"}:
         raise InputError(f"option 'num_questions': no task '{min(unknown)}' here")
-    more = tuple(CLIP_LOSS_ALONE) if options.clip_loss_alone else ()
+    more = tuple(FEWER_LOSSES) if options.fewer_losses else ()
     names = in_order((*options.methods, *more))
     if options.mllm_methods:
         in_order(options.mllm_methods)

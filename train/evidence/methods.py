@@ -78,12 +78,6 @@ ABLATIONS: dict[str, Method] = {
     "spread_25": Method("spread 0.25", ("expert_spread=0.25",), stages_of="dmu"),
     "spread_75": Method("spread 0.75", ("expert_spread=0.75",), stages_of="dmu"),
     "base_share_20": Method("a fifth of the base in each", ("base_share=0.2",), stages_of="dmu"),
-    "patch_loss_0": Method(
-        "no loss on patch tokens", ("stage.patch_loss=0", "router.patch_loss=0")
-    ),
-    "earlier_pairs_0": Method(
-        "no pairs of earlier batches", ("stage.earlier_pairs=0", "router.earlier_pairs=0")
-    ),
     "second_half": Method(
         "second half of the blocks", ("vision_blocks=second_half", "text_blocks=second_half")
     ),
@@ -95,21 +89,24 @@ ABLATIONS: dict[str, Method] = {
     "no_balance": Method("no balance loss", ("router.balance=0",), stages_of="dmu"),
 }
 
-# As the paper trains: no loss on patch tokens, no negatives but the batch's.
-_CLIP_LOSS = (
-    "stage.patch_loss=0", "router.patch_loss=0", "stage.earlier_pairs=0", "router.earlier_pairs=0"
-)  # fmt: skip
+_NO_PATCH_LOSS = ("stage.patch_loss=0", "router.patch_loss=0")
+_NO_EARLIER_PAIRS = ("stage.earlier_pairs=0", "router.earlier_pairs=0")
 
-#: Both sides of the question with CLIP's loss alone: what of the difference is the mixture's, what
-#: the losses'. On validation scenes direct fine-tuning's rates are best with it, too.
-CLIP_LOSS_ALONE: dict[str, Method] = {
+#: Both sides of the question with CLIP's loss alone, as the paper trains (no loss on patch tokens,
+#: no negatives but the batch's): what of the difference is the mixture's, what the losses'. On
+#: validation scenes direct fine-tuning's rates are best with it, too. Then DMU without either.
+FEWER_LOSSES: dict[str, Method] = {
     f"{name}_clip_loss": Method(
-        f"{METHODS[name].title}, CLIP's loss alone", (*METHODS[name].overrides, *_CLIP_LOSS)
+        f"{METHODS[name].title}, CLIP's loss alone",
+        (*METHODS[name].overrides, *_NO_PATCH_LOSS, *_NO_EARLIER_PAIRS),
     )
     for name in ("direct", "direct_ffn", "dmu")
+} | {
+    "patch_loss_0": Method("CLIP-MoE (DMU), no loss on patch tokens", _NO_PATCH_LOSS),
+    "earlier_pairs_0": Method("CLIP-MoE (DMU), no pairs of earlier batches", _NO_EARLIER_PAIRS),
 }
 
-ALL = {**METHODS, **CLIP_LOSS_ALONE, **ABLATIONS}
+ALL = {**METHODS, **FEWER_LOSSES, **ABLATIONS}
 
 
 def in_order(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -121,6 +121,7 @@ def _questions(axes: Any, cells: Cells, task: str, title: str) -> None:
         values = [[100 * one.get(key, float("nan")) for one in found] for key in keys]
         axes.bar(np.arange(len(keys)) + number * width, [statistics.mean(one) for one in values],
                  width, color=EXPERT_COLORS[number % len(EXPERT_COLORS)],
+                 hatch="//" if number >= len(EXPERT_COLORS) else "",
                  yerr=[np.std(one, ddof=1) if one[1:] else 0 for one in values],
                  error_kw={"linewidth": 1}, label=ALL[method].title)  # fmt: skip
     names = [key.removeprefix("accuracy").removeprefix("_") or "all" for key in keys]
