@@ -4,17 +4,10 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
@@ -23,7 +16,7 @@ from safetensors.torch import load_file
 from mllm.bench import parse_options
 from mllm.evaluate import read_predictions
 from mllm.llm import load_llm
-from train.clip_evaluation import I2T, T2I, ZERO_SHOT, held_out_scenes
+from train.clip_evaluation import I2T, T2I, ZERO_SHOT
 from train.evidence import cells
 from train.evidence.cells import (
     STAND_IN,
@@ -32,9 +25,7 @@ from train.evidence.cells import (
     stand_in_folder,
     train_stand_in,
 )
-from train.evidence.claims import difference, share_of_gain
 from train.evidence.command import _minutes_left, planned_cells, planned_jobs, run
-from train.evidence.experts import suppression, within_clusters
 from train.evidence.methods import (
     FEWER_LOSSES,
     LANGUAGE_MODELS,
@@ -45,8 +36,7 @@ from train.evidence.methods import (
 from train.evidence.stand_in import make_untrained, take_language_model
 from train.evidence.tables import tables
 from train.evidence.workers import Job
-from train.evidence.workers import finished as side_by_side
-from vision_moe import CLIPMoEModel, InputError, ffn_state_dict, load
+from vision_moe import InputError, ffn_state_dict, load
 
 CLAIMS = {
     "retrieval_vs_dense", "retrieval_vs_direct_finetuning", "retrieval_vs_sparse_upcycling",
@@ -354,30 +344,6 @@ def test_time_left_is_told_by_the_jobs_of_this_run(
     assert _minutes_left(jobs, [*earlier, to_run[0]], 600) == "10 minutes left"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="asks a POSIX shell to wait")
-def test_jobs_wait_for_what_they_need_and_the_first_that_can_begins(tmp_path: Path) -> None:
-    def after_a_second(script: str) -> Callable[[], object]:
-        return partial(subprocess.run, ["sh", "-c", f"sleep 1; {script}"], cwd=tmp_path)
-
-    jobs = [
-        Job("long", after_a_second("sleep 3")),
-        Job("made", after_a_second("echo 1 > made")),
-        Job("copied", partial(shutil.copy, tmp_path / "made", tmp_path / "copied"),
-            frozenset({"made"}), seed=0),
-        Job("moved", partial(shutil.move, tmp_path / "copied", tmp_path / "moved"),
-            frozenset({"copied"}), seed=0),
-    ]  # fmt: skip
-    done = [job.name for job in side_by_side(jobs, 2, tmp_path)]
-    assert done == ["made", "copied", "moved", "long"]
-    assert {path.name for path in tmp_path.glob("[cm]*")} == {"made", "moved"}
-
-
-def test_job_that_fails_is_told(tmp_path: Path) -> None:
-    jobs = [Job("lost", partial(shutil.copy, tmp_path / "nothing", tmp_path / "copied"))]
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        list(side_by_side(jobs, 2, tmp_path))
-
-
 def test_cells_with_another_configuration_are_refused(
     finished: Path, options: list[str]
 ) -> None:
@@ -405,54 +371,6 @@ def test_each_method_trains_for_as_many_steps(base: Path, tmp_path: Path) -> Non
     assert len(steps) == 1
 
 
-def test_difference_of_two_methods_by_hand() -> None:
-    claim = difference([np.ones(50), np.ones(50)], [np.zeros(50), np.ones(50)], goal=40)
-    assert claim.difference == 50
-    # Seeds are drawn, too: both draws may be the one or the other.
-    assert (claim.low, claim.high) == (0, 100)
-    assert not claim.reached
-
-
-def test_interval_is_that_of_one_seeds_questions() -> None:
-    rng = np.random.default_rng(0)
-    ours, theirs = rng.random(400) < 0.7, rng.random(400) < 0.5
-    claim = difference([ours.astype(float)], [theirs.astype(float)])
-    gap = 100 * (ours.astype(float) - theirs)
-    half = 1.96 * gap.std() / 20
-    # Measured: within 0.15 points of the normal interval, of a half width of 7.
-    assert claim.low == pytest.approx(gap.mean() - half, abs=0.4)
-    assert claim.high == pytest.approx(gap.mean() + half, abs=0.4)
-    assert claim.reached
-
-
-def test_share_of_gain_by_hand() -> None:
-    base, whole = np.zeros(10), np.ones(10)
-    part = np.array([1.0] * 10)
-    assert share_of_gain([part], [whole], [base], 0.95).reached
-    half = share_of_gain([part / 2], [whole], [base], 0.95)
-    assert (half.difference, half.low, half.high, half.reached) == (0.5, 0.5, 0.5, False)
-
-
-def test_retrieval_within_clusters_by_hand() -> None:
-    image = torch.eye(4)
-    text = image[[1, 0, 2, 3]]  # the first two captions are exchanged
-    together = np.zeros((4, 1), np.int64)
-    assert within_clusters(image, text, together).tolist() == [0, 0, 1, 1]
-    apart = np.array([[0], [1], [2], [2]])
-    assert within_clusters(image, text, apart).tolist() == [1, 1]
-
-
-def test_suppression_test_of_equal_stages_finds_nothing(clip: CLIPMoEModel) -> None:
-    found = suppression([clip] * 4, held_out_scenes(clip, 24, 0), 2, 0)
-    assert [one["stage"] for one in found] == [1, 2, 3]
-    assert all(one["before"] == one["after"] for one in found if one["num_queries"])
-
-
-def test_share_of_nothing_is_none() -> None:
-    nothing = share_of_gain([np.ones(5)], [np.zeros(5)], [np.zeros(5)], 0.95).as_json()
-    assert (nothing["difference"], nothing["low"], nothing["reached"]) == (None, None, False)
-
-
 def test_tables_and_pictures_are_written(finished: Path) -> None:
     text = (finished / "tables.md").read_text()
     assert all(method.title in text for method in METHODS.values())
@@ -476,36 +394,3 @@ def test_ablations_stand_beside_dmu_of_their_seed(finished: Path) -> None:
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     assert [row[1] for row in rows[2:]] == ["50.0", "62.5 (+12.5)"]
     assert [row[-1].removesuffix(" |") for row in rows[2:]] == ["50.0", "25.0 (-25.0)"]
-
-
-# Begins a worker that says who it is, and would then work for a long time.
-PARENT = """
-import multiprocessing, os, time
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
-from train.evidence.workers import _start
-
-if __name__ == "__main__":
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _start, (1, Path.cwd())) as pool:
-        print(pool.submit(os.getpid).result(), flush=True)
-        pool.submit(time.sleep, 250).result()
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="asks POSIX who is there")
-def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT)
-    with subprocess.Popen(
-        [sys.executable, script], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdout is not None
-        worker = int(parent.stdout.readline())
-        parent.kill()
-    for _ in range(300):
-        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie":
-            return
-        time.sleep(0.1)
-    os.kill(worker, signal.SIGKILL)
-    raise AssertionError("the worker goes on")
