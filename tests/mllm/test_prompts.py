@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -54,6 +54,8 @@ def test_prefix_and_question_are_the_rendered_prompt(mllm, prompts, question):
     max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
 )
 def test_any_question_is_the_rendered_prompt(mllm, prompts, question):
+    # The stock processor obeys a typed special token; here it is text, as a test below has it.
+    assume(not any(token in question for token in mllm[1].tokenizer.all_special_tokens))
     question = clean_text(question)
     expected = stock_ids(mllm[1], [user(question)])
     assert prompts.prefix_ids + prompts.question_ids(question) == expected
