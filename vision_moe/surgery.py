@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_moe.errors import InputError
+from vision_moe.feed_forward import split_ffn
 from vision_moe.low_rank import LowRankExperts
 from vision_moe.moe import MoEFeedForward
 from vision_moe.routers import DEFAULT_ROUTER, RouterOptions, SpectralRouter
@@ -63,9 +64,19 @@ def _is_ffn(module: nn.Module) -> bool:
         return False
     *ups, down = linears
     width, hidden = down.out_features, down.in_features
-    return hidden != width and all(
+    has_shape = all(
         up.in_features == width and up.out_features in (hidden, 2 * hidden) for up in ups
     )
+    # An attention's projections have this shape, too, where hidden features are as many as width.
+    return has_shape and (hidden != width or _runs_in_order(module))
+
+
+def _runs_in_order(module: nn.Module) -> bool:
+    try:
+        split_ffn(module)
+    except InputError:
+        return False
+    return True
 
 
 def find_ffns(tower: nn.Module) -> list[FFNSite]:

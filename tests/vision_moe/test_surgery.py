@@ -57,6 +57,26 @@ def test_hugging_face_ffns_are_found() -> None:
         assert names == ["layers.0.mlp", "layers.1.mlp"]
 
 
+class SquareAttention(torch.nn.Module):
+    """Two linear layers of a feed-forward network's shape, and what mixes tokens between them."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.value = torch.nn.Linear(width, width)
+        self.out = torch.nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out((x @ x.mT).softmax(-1) @ self.value(x))
+
+
+def test_ffns_as_wide_as_the_tower_are_told_from_attention() -> None:
+    vit = timm_vit(mlp_ratio=1)
+    for block in vit.blocks:
+        block.attn = SquareAttention()
+    names = [site.name for site in vision_moe.find_ffns(vit)]
+    assert names == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
 def test_identical_experts_match_a_dense_timm_vit() -> None:
     dense = timm_vit().eval()
     moe = copy.deepcopy(dense)
