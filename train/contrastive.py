@@ -100,7 +100,7 @@ class ContrastiveModel(nn.Module):
         Args:
             pixel_values: ``(B, 3, H, W)``.
             input_ids: ``(B, L)``.
-            numbers: ``(B,)``, of the pairs; needed to keep features.
+            numbers: ``(B,)``, of the pairs; needed to keep features and for earlier pairs.
 
         Returns:
             ``loss``, a scalar.
@@ -122,30 +122,39 @@ class ContrastiveModel(nn.Module):
             if self.logit_scale is None
             else self.logit_scale
         )
-        loss = self._contrastive_loss(image, text, scale, self.earlier)
+        loss = self._contrastive_loss(image, text, scale, numbers, self.earlier)
         if self.patch_loss:
-            of_patches = self._contrastive_loss(patches, text, scale, self.earlier_patches)
+            of_patches = self._contrastive_loss(patches, text, scale, numbers, self.earlier_patches)
             loss = loss + self.patch_loss * of_patches
         if self.router is not None:
             loss = loss + self._router_losses(tuple(record.router_logits.values()))
         return {"loss": loss}
 
     def _contrastive_loss(
-        self, image: Tensor, text: Tensor, scale: Tensor | float, earlier: EarlierPairs | None
+        self,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor | float,
+        numbers: Tensor | None,
+        earlier: EarlierPairs | None,
     ) -> Tensor:
         state = processes()
-        loss = contrastive_loss(
+        negatives = None
+        if earlier is not None:
+            if numbers is None:
+                raise ValueError("earlier pairs need the numbers of a batch's pairs")
+            batch = gather(numbers)
+            negatives = earlier.features(batch)
+            earlier.remember(batch, *gather((image.detach().float(), text.detach().float())))
+        return contrastive_loss(
             image,
             text,
             scale,
             label_smoothing=self.label_smoothing,
             world_size=state.num_processes,
             rank=state.process_index,
-            earlier=None if earlier is None else earlier.features(),
+            earlier=negatives,
         )
-        if earlier is not None:
-            earlier.remember(*gather((image.detach().float(), text.detach().float())))
-        return loss
 
     def _keep(self, numbers: Tensor, image: Tensor, text: Tensor) -> None:
         """Put the features of all processes where their pairs belong."""

@@ -20,22 +20,30 @@ class EarlierPairs(nn.Module):
         width: P, of the space that pictures and texts share.
     """
 
+    numbers: Tensor
     images: Tensor
     texts: Tensor
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
+        self.register_buffer("numbers", torch.full((size,), -1))
         self.register_buffer("images", torch.zeros(size, width))
         self.register_buffer("texts", torch.zeros(size, width))
 
-    def features(self) -> tuple[Tensor, Tensor]:
-        """Of pictures and of texts ``(m, P)``, each of norm 1; in the beginning m is below M."""
-        known = self.images.any(dim=1) & self.texts.any(dim=1)
+    def features(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Of pictures and of texts ``(m, P)``, each of norm 1; in the beginning m is below M.
+
+        Args:
+            batch: ``(B,)``, numbers of pairs that are due again. They are left out: a pair is no
+                negative of itself, and of the others the batch itself has it, newer.
+        """
+        known = (self.numbers >= 0) & ~torch.isin(self.numbers, batch)
         return self.images[known], self.texts[known]
 
     @torch.no_grad()
-    def remember(self, images: Tensor, texts: Tensor) -> None:
-        """Put ``(B, P)``, of any norm, in front; the oldest go."""
-        for kept, new in ((self.images, images), (self.texts, texts)):
-            newest = F.normalize(new.float(), dim=-1)
-            kept.copy_(torch.cat([newest, kept])[: len(kept)])
+    def remember(self, batch: Tensor, images: Tensor, texts: Tensor) -> None:
+        """Put pairs ``(B,)``, of features ``(B, P)`` of any norm, in front; the oldest go."""
+        units = (F.normalize(features.float(), dim=-1) for features in (images, texts))
+        newest = (batch, *units)
+        for kept, new in zip((self.numbers, self.images, self.texts), newest, strict=True):
+            kept.copy_(torch.cat([new, kept])[: len(kept)])

@@ -279,8 +279,9 @@ def test_patch_loss_reaches_what_the_class_token_cannot(
     assert with_loss is not None and with_loss[:, 1:].all(dim=-1).any()
 
 
-def test_pairs_of_earlier_batches_are_negatives(
-    clip: CLIPMoEModel, batch: dict[str, torch.Tensor]
+@pytest.mark.parametrize(("again", "left"), [([6, 7, 8], [0, 1, 2, 3]), ([4, 7, 0], [0, 2])])
+def test_pairs_of_earlier_batches_are_negatives_but_those_of_the_batch(
+    clip: CLIPMoEModel, batch: dict[str, torch.Tensor], again: list[int], left: list[int]
 ) -> None:
     clip.eval()
     training = ContrastiveTraining(
@@ -289,14 +290,15 @@ def test_pairs_of_earlier_batches_are_negatives(
     model = ContrastiveModel(clip, training)
     backwards = {name: values.flip(0) for name, values in batch.items()}
     torch.testing.assert_close(
-        model(**batch)["loss"], loss_of(clip, replace(training, earlier_pairs=0), batch)
+        model(**batch, numbers=torch.tensor([0, 1, 2]))["loss"],
+        loss_of(clip, replace(training, earlier_pairs=0), batch),
     )
-    model(**backwards)
-    loss = model(**batch)["loss"]
+    model(**backwards, numbers=torch.tensor([3, 4, 5]))
+    loss = model(**batch, numbers=torch.tensor(again))["loss"]
 
     def in_order(features: torch.Tensor) -> torch.Tensor:
-        """The three of the batch before, then one of the first batch."""
-        return normalize(torch.cat([features.flip(0), features[:1]]), dim=-1)
+        """The three of the batch before, then one of the first batch: pairs 3, 4, 5 and 0."""
+        return normalize(torch.cat([features.flip(0), features[:1]]), dim=-1)[left]
 
     image, patches = clip.encode_image_and_patches(batch["pixel_values"], -1)
     text = clip.encode_text(batch["input_ids"])
