@@ -28,6 +28,7 @@ from train.evidence.cells import (
 from train.evidence.command import _minutes_left, planned_cells, planned_jobs, run
 from train.evidence.methods import (
     FEWER_LOSSES,
+    FEWER_PAIRS,
     LANGUAGE_MODELS,
     METHODS,
     LanguageModel,
@@ -214,23 +215,26 @@ def test_pretrained_language_model_sees_with_each_tower_too(
     assert (tmp_path / "out" / "questions_pretrained.png").is_file()
 
 
-def test_fewer_losses_are_asked_beside_what_they_lack(
+def test_fewer_losses_and_pairs_are_asked_beside_what_they_lack(
     finished: Path, options: list[str], tmp_path: Path
 ) -> None:
     shutil.copytree(finished, tmp_path / "out")
     run([*options, f"out={tmp_path / 'out'}", "seeds=[1]", "methods=[direct, dmu]",
-         "fewer_losses=true"])  # fmt: skip
+         "fewer_losses=true", "fewer_pairs=true"])  # fmt: skip
     found = evidence(tmp_path / "out")
     asked = {name for name, cell in found["cells"].items() if "scenes" in cell}
-    assert asked == {"dense-1", "direct-1", "dmu-1", *(f"{name}-1" for name in FEWER_LOSSES)}
+    more = {**FEWER_LOSSES, **FEWER_PAIRS}
+    assert asked == {"dense-1", "direct-1", "dmu-1", *(f"{name}-1" for name in more)}
     assert found["claims"].keys() >= {
         "vqa_vs_direct_finetuning_of_clip_loss", "vqa_of_clip_loss_vs_direct_finetuning",
         "retrieval_of_clip_loss_vs_direct_finetuning", "retrieval_vs_no_patch_loss",
-        "vqa_vs_no_patch_loss", "vqa_vs_no_earlier_pairs",
+        "vqa_vs_no_patch_loss", "vqa_vs_no_earlier_pairs", "retrieval_of_few_pairs_vs_dense",
+        "retrieval_of_few_pairs_vs_direct_finetuning", "vqa_of_few_pairs_vs_dense",
+        "vqa_of_few_pairs_vs_direct_finetuning", "vqa_of_few_pairs_vs_direct_finetuning_ffn",
     }  # fmt: skip
     assert all(
         method.title in (tmp_path / "out" / "tables.md").read_text()
-        for method in FEWER_LOSSES.values()
+        for method in more.values()
     )
 
 
@@ -255,6 +259,18 @@ def test_fewer_losses_lack_these_and_nothing_else(
         assert getattr(alone, part) == dataclasses.replace(getattr(whole, part), **changed)
     rest = {"stage": whole.stage, "router": whole.router, "out": whole.out}
     assert dataclasses.replace(alone, **rest) == whole
+
+
+@pytest.mark.parametrize("name", ["direct", "direct_ffn", "dmu"])
+def test_fewer_pairs_change_their_number_and_the_rate_alone(name: str, base: Path) -> None:
+    options = EvidenceOptions(base=str(base))
+    whole, fewer = (Cell(one, 0, options).recipe() for one in (name, f"{name}_few_pairs"))
+    assert fewer.data == dataclasses.replace(whole.data, num_pairs=4000)
+    assert whole.data.num_pairs == 16_000
+    rate = fewer.stage.lr
+    assert rate == whole.stage.lr if name == "dmu" else rate < whole.stage.lr
+    stage = dataclasses.replace(whole.stage, lr=rate)
+    assert fewer == dataclasses.replace(whole, data=fewer.data, stage=stage, out=fewer.out)
 
 
 def test_pretrained_language_model_sees_with_the_towers_of_the_claims() -> None:
@@ -365,7 +381,7 @@ def test_ablations_run_with_one_seed() -> None:
 
 def test_each_method_trains_for_as_many_steps(base: Path, tmp_path: Path) -> None:
     options = EvidenceOptions(out=str(tmp_path), base=str(base))
-    methods = (*METHODS, *FEWER_LOSSES)
+    methods = (*METHODS, *FEWER_LOSSES, *FEWER_PAIRS)
     recipes = {name: Cell(name, 0, options).recipe() for name in methods}
     steps = {(one.stage.steps, one.router.steps, one.num_experts) for one in recipes.values()}
     assert len(steps) == 1

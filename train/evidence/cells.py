@@ -60,6 +60,8 @@ class EvidenceOptions:
         fewer_losses: Also direct fine-tuning and DMU with CLIP's loss alone, as the paper has
             them, DMU without the loss on patch tokens and without pairs of earlier batches, and
             the stand-in with their towers.
+        fewer_pairs: Also direct fine-tuning and DMU from a quarter of the pairs, and the stand-in
+            with their towers.
         ablations: Also every ablation, with the first seed alone.
         mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
         mllm_seeds: Those of the seeds whose MLLMs run; all by default.
@@ -84,6 +86,7 @@ class EvidenceOptions:
     seeds: tuple[Annotated[int, Ge(0)], ...] = (0, 1, 2)
     methods: tuple[str, ...] = tuple(METHODS)
     fewer_losses: bool = False
+    fewer_pairs: bool = False
     ablations: bool = False
     mllm_methods: tuple[str, ...] = ("dense", "direct", "direct_ffn", "dmu")
     mllm_seeds: tuple[int, ...] | None = None

@@ -30,7 +30,13 @@ from train.evidence.cells import (
 )
 from train.evidence.claims import Claim, difference, share_of_gain
 from train.evidence.experts import examine_experts
-from train.evidence.methods import ABLATIONS, FEWER_LOSSES, LANGUAGE_MODELS, in_order
+from train.evidence.methods import (
+    ABLATIONS,
+    FEWER_LOSSES,
+    FEWER_PAIRS,
+    LANGUAGE_MODELS,
+    in_order,
+)
 from train.evidence.plots import draw
 from train.evidence.tables import tables
 from train.evidence.workers import Job, finished
@@ -56,6 +62,9 @@ RETRIEVAL_CLAIMS = {
     "retrieval_of_clip_loss_vs_direct_finetuning_ffn": ("dmu_clip_loss", "direct_ffn_clip_loss"),
     "retrieval_vs_no_patch_loss": ("dmu", "patch_loss_0"),
     "retrieval_vs_no_earlier_pairs": ("dmu", "earlier_pairs_0"),
+    "retrieval_of_few_pairs_vs_dense": ("dmu_few_pairs", "dense"),
+    "retrieval_of_few_pairs_vs_direct_finetuning": ("dmu_few_pairs", "direct_few_pairs"),
+    "retrieval_of_few_pairs_vs_direct_finetuning_ffn": ("dmu_few_pairs", "direct_ffn_few_pairs"),
 }
 #: Claim -> task, two methods, and by how much the first should be above the other.
 VQA_CLAIMS = {
@@ -73,6 +82,13 @@ VQA_CLAIMS = {
     ),
     "vqa_vs_no_patch_loss": ("scenes", "dmu", "patch_loss_0", 0.0),
     "vqa_vs_no_earlier_pairs": ("scenes", "dmu", "earlier_pairs_0", 0.0),
+    "vqa_of_few_pairs_vs_dense": ("scenes", "dmu_few_pairs", "dense", 2.0),
+    "vqa_of_few_pairs_vs_direct_finetuning": (
+        "scenes", "dmu_few_pairs", "direct_few_pairs", 0.0
+    ),
+    "vqa_of_few_pairs_vs_direct_finetuning_ffn": (
+        "scenes", "dmu_few_pairs", "direct_ffn_few_pairs", 0.0
+    ),
 }  # fmt: skip
 _DIAGNOSED_SCENES = 500
 
@@ -155,7 +171,10 @@ def planned_cells(options: EvidenceOptions) -> list[Cell]:
         raise InputError("option 'seeds' and option 'splits' must name at least one")
     if unknown := set(options.num_questions) - {"scenes", "easy_vqa"}:
         raise InputError(f"option 'num_questions': no task '{min(unknown)}' here")
-    more = tuple(FEWER_LOSSES) if options.fewer_losses else ()
+    more = (
+        *(FEWER_LOSSES if options.fewer_losses else ()),
+        *(FEWER_PAIRS if options.fewer_pairs else ()),
+    )
     names = in_order((*options.methods, *more))
     if options.mllm_methods:
         in_order(options.mllm_methods)
