@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from functools import partial
@@ -35,15 +36,17 @@ def draw(evidence: Mapping[str, Any], folder: Path) -> list[Path]:
         "retrieval": lambda axes: _retrieval(axes, methods, evidence["config"]["splits"]),
         "factors": lambda axes: _factors(axes, methods, split),
     }
+    heights = {"factors": 5.2, "claims": max(4.2, 1.2 + 0.2 * len(evidence["claims"]))}
     for suffix, told in ANSWERED_BY.items():
-        if any(f"scenes{suffix}" in cell for cell in cells.values()):
+        task = f"scenes{suffix}"
+        if asked := {name: cell for name, cell in cells.items() if task in cell}:
             title = f"Questions about scenes{told}, by tower"
-            drawn[f"questions{suffix}"] = partial(
-                _questions, cells=cells, task=f"scenes{suffix}", title=title
-            )
+            drawn[f"questions{suffix}"] = partial(_questions, asked=asked, task=task, title=title)
+            # The names of two methods stand in a line below.
+            num_methods = len({cell["method"] for cell in asked.values()})
+            heights[f"questions{suffix}"] = 3.8 + 0.2 * math.ceil(num_methods / 2)
     if evidence["experts"]:
         drawn["suppression"] = lambda axes: _suppression(axes, list(evidence["experts"].values()))
-    heights = {"factors": 5.2, "claims": max(4.2, 1.2 + 0.2 * len(evidence["claims"]))}
     files = []
     for name, fill in drawn.items():
         figure = Figure(figsize=(8.5, heights.get(name, 4.2)), layout="constrained")
@@ -110,8 +113,7 @@ def _factors(axes: Any, cells: Cells, split: str) -> None:
     axes.set_title("One-factor changes told apart, % (50 is guessing)")
 
 
-def _questions(axes: Any, cells: Cells, task: str, title: str) -> None:
-    asked = {name: cell for name, cell in cells.items() if task in cell}
+def _questions(axes: Any, asked: Cells, task: str, title: str) -> None:
     methods = [method for method in ALL if seeds_of(asked, method)]
     first = seeds_of(asked, methods[0])[0][task]
     keys = [key for key in first if key.startswith("accuracy")]
