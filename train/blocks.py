@@ -84,6 +84,12 @@ def moe_config(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, Any]:
                 f"'clusters: parallel' makes an expert of each cluster, beside the base:"
                 f" 'num_clusters' is {recipe.num_clusters}, 'num_experts' {recipe.num_experts}"
             )
+    one_after_another = recipe.clusters == "sequential" and recipe.stage_init == "previous"
+    if recipe.attention_lr is not None and (recipe.method == "seeds" or not one_after_another):
+        raise InputError(
+            "'attention_lr' needs stages that go on from one another, which share an attention:"
+            " 'method: seeds', 'clusters: parallel' and 'stage_init: base' start each from the base"
+        )
     vision = chosen_blocks(recipe.vision_blocks, model.visual)
     text = chosen_blocks(recipe.text_blocks, model.text)
     if not vision and not text:

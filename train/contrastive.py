@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,7 @@ def train_contrastive(
     precision: Precision,
     save_steps: int | None,
     kept: FeatureShards | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, float]]:
     """Train ``parameters`` of ``clip`` in place, all else frozen.
 
@@ -236,6 +237,7 @@ def train_contrastive(
         precision: See :func:`train.precision.use_bf16`.
         save_steps: Steps between two checkpoints; none by default.
         kept: Where the features go that each step computes.
+        rates: Of parameters, by name in ``clip``, that have another than ``training.lr``.
 
     Returns:
         The log of :func:`train.engine.fit`.
@@ -249,7 +251,7 @@ def train_contrastive(
     clip.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = build_optimizer(clip.named_parameters(), training)
+    optimizer = build_optimizer(clip.named_parameters(), training, rates)
     history = fit(
         ContrastiveModel(clip, training, batches, kept).train(),
         PairBatches(pairs, batches, clip, num_processes),
@@ -313,6 +315,8 @@ def configuration(recipe: Any) -> dict[str, Any]:
     content = recipe_dict(recipe)
     if isinstance(recipe.model, str) and Path(recipe.model).is_dir():
         content.pop("model")  # what the folder holds is an input, not where it lies
+    if content.get("attention_lr") is None:  # as before there was this key, whose runs go on
+        content.pop("attention_lr", None)
     return {key: value for key, value in content.items() if key not in NOT_CONFIGURATION}
 
 

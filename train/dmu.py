@@ -12,7 +12,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,14 @@ from train.contrastive import (
     write_log,
     write_model,
 )
-from train.experts import expert_state, load_expert, trained_networks
+from train.experts import (
+    EXPERT_FILE,
+    attention_rates,
+    load_attention,
+    load_stage,
+    save_stage,
+    trained_networks,
+)
 from train.pair_batches import EpochBatches, cluster_batches, random_batches
 from train.pair_labels import (
     LABEL_FILE,
@@ -68,8 +75,6 @@ from vision_moe import (
 #: Baselines of one run, without stages.
 _NAMES = {"sparse": "sparse upcycling", "direct": "direct fine-tuning"}
 
-EXPERT_FILE = "expert.safetensors"
-
 
 def run(recipe: UpcycleRecipe) -> Path:
     """Upcycle, unless the recipe's folder holds the result already."""
@@ -94,7 +99,9 @@ def run_stage(recipe: UpcycleRecipe, name: str) -> StageResult:
     base = start_model(recipe.model, recipe.pretrained, recipe.seed)
     if recipe.text_context is not None:
         stretch_text_context(base, recipe.text_context)
-    moe_config(recipe, base)  # what it cannot be is told before anything trains
+    # What it cannot be is told before anything trains.
+    moe_config(recipe, base)
+    attention_rates(recipe, base)
     check_patch_loss(base, recipe.stage, recipe.router)
     pairs = load_pairs(recipe.data, base, recipe.seed)
     before = 0.0
@@ -151,10 +158,12 @@ def train_stage(
     from_previous = sequential and recipe.stage_init == "previous" and previous is not base
     model = previous if from_previous else copy.deepcopy(base)
     networks = trained_networks(recipe, model, seed)
+    rates = attention_rates(recipe, model)
+    parameters = [p for network in networks.values() for p in network.parameters()]
     started = time.monotonic()
     history = train_contrastive(
         model,
-        [parameter for network in networks.values() for parameter in network.parameters()],
+        parameters + _named(model, rates),
         pairs,
         _batches(recipe, number, labels, pairs, seed),
         recipe.stage,
@@ -163,9 +172,10 @@ def train_stage(
         precision=recipe.precision,
         save_steps=recipe.save_steps,
         kept=kept,
+        rates=rates,
     )
     seconds["training"] = time.monotonic() - started
-    save_file(expert_state(recipe, model), folder / EXPERT_FILE)
+    save_stage(recipe, model, folder)
     if labels is not None:
         save_file({"labels": torch.from_numpy(labels)}, folder / LABEL_FILE)
     if kept is not None:
@@ -183,6 +193,10 @@ def train_stage(
     tell_of_skipped(pairs.skipped, len(pairs), f"{mcl[number].folder / LOG_FILE}")
     if processes().is_main_process:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _named(model: CLIPMoEModel, names: Iterable[str]) -> list[nn.Parameter]:
+    return [model.get_parameter(name) for name in names]
 
 
 def _batches(
@@ -242,7 +256,7 @@ def _skipped(pairs: Pairs) -> np.ndarray:
 
 
 def _model_of(recipe: UpcycleRecipe, stage: Stage, base: CLIPMoEModel) -> CLIPMoEModel:
-    return load_expert(recipe, copy.deepcopy(base), load_file(stage.folder / EXPERT_FILE))
+    return load_stage(recipe, copy.deepcopy(base), stage.folder)
 
 
 def _assemble(
@@ -265,6 +279,9 @@ def _assemble(
         experts = spread_low_rank_experts(experts[0], experts[1:], *distances)
     else:
         experts = spread_experts(experts, *distances)
+    if mcl:
+        load_attention(recipe, base, mcl[-1].folder)
+    rates = attention_rates(recipe, base) if sparse else {}
     generator = torch.Generator().manual_seed(recipe.seed)
     moe = moe_config(recipe, base)
     model = upcycle(
@@ -291,6 +308,7 @@ def _assemble(
             recipe.router, **{**asdict(recipe.stage), "steps": total_steps(recipe)}
         )
         parameters += [p for layer in layers.values() for p in layer.experts.parameters()]
+        parameters += _named(model, rates)
     history: list[dict[str, float]] = []
     if parameters:
         history = train_contrastive(
@@ -303,6 +321,7 @@ def _assemble(
             seed=recipe.seed,
             precision=recipe.precision,
             save_steps=recipe.save_steps,
+            rates=rates,
         )
     write_model(
         recipe,
@@ -327,10 +346,12 @@ def _fine_tune(
 ) -> None:
     """The baseline that stays dense."""
     training = replace(recipe.stage, steps=total_steps(recipe))
+    rates = attention_rates(recipe, base)
     parameters = list(base.parameters())
     if recipe.direct_parameters == "ffn":
         sites = expert_sites(recipe, base)
         parameters = [parameter for site in sites for parameter in site.module.parameters()]
+        parameters += _named(base, rates)
     batches = random_batches(
         len(pairs), training.batch_size, training.steps, recipe.seed, _skipped(pairs)
     )
@@ -344,6 +365,7 @@ def _fine_tune(
         seed=recipe.seed,
         precision=recipe.precision,
         save_steps=recipe.save_steps,
+        rates=rates,
     )
     write_model(recipe, base, training, pairs, history, folder, seconds_of_stages=0.0)
 

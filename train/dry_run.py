@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from train.blocks import moe_config, rank_of_experts
+from train.experts import attention_rates
 from train.recipe import UpcycleRecipe
 from vision_moe import (
     CLIPMoEConfig,
@@ -23,7 +24,7 @@ from vision_moe import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class TowerSize:
     """Parameters of a tower: ``dense`` before, ``total`` after, ``active`` for one token."""
 
@@ -72,6 +73,8 @@ def describe_upcycling(recipe: UpcycleRecipe) -> str:
         _size("image tower", dense.visual, sparse.visual, moe["vision_layers"], changes_train),
         _size("text tower", dense.text, sparse.text, moe["text_layers"], changes_train),
     ]
+    for name in attention_rates(recipe, dense):
+        sizes[0 if name.startswith("visual.") else 1].trained += dense.get_parameter(name).numel()
     whole = [sum(getattr(one, name) for one in sizes) for name in vars(sizes[0]) if name != "name"]
     rows = [*sizes, TowerSize("both", *whole)]
     header = ("parameters", "dense", "CLIP-MoE", "active for one token", "trained in a stage")
@@ -86,13 +89,17 @@ def _plan(recipe: UpcycleRecipe) -> str:
     total = stages * steps + recipe.router.steps
     if recipe.method == "direct":
         what = "all parameters" if recipe.direct_parameters == "all" else "the networks below"
-        return f"direct: {what} of the dense CLIP train for {total:,} steps; it stays dense"
-    if recipe.method == "sparse":
-        return f"sparse: copies of the base and their routers train for {total:,} steps"
-    return (
-        f"{recipe.method}: {stages} stages of {steps:,} steps, then {recipe.router.steps:,} of the"
-        " routers"
-    )
+        plan = f"direct: {what} of the dense CLIP train for {total:,} steps; it stays dense"
+    elif recipe.method == "sparse":
+        plan = f"sparse: copies of the base and their routers train for {total:,} steps"
+    else:
+        plan = (
+            f"{recipe.method}: {stages} stages of {steps:,} steps, then {recipe.router.steps:,} of"
+            " the routers"
+        )
+    if recipe.attention_lr is not None:
+        plan += f"; the attention beside the networks trains, too, at {recipe.attention_lr:g}"
+    return plan
 
 
 def _networks(

@@ -1,19 +1,24 @@
-"""The networks of a dense CLIP that train in a stage, whole or as low-rank changes: one expert.
+"""What of a dense CLIP trains in a stage: its feed-forward networks, whole or as low-rank changes,
+which are one expert, and on demand the attention beside them, which all experts share.
 
-Names are those of the feed-forward networks in the whole model; see
-:func:`vision_moe.upcycle`.
+Names are those in the whole model; see :func:`vision_moe.upcycle`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from train.blocks import expert_sites
 from train.recipe import UpcycleRecipe
-from vision_moe import CLIPMoEModel, LowRankFFN
+from vision_moe import CLIPMoEModel, InputError, LowRankFFN, attention_beside
+
+EXPERT_FILE = "expert.safetensors"
+ATTENTION_FILE = "attention.safetensors"
 
 
 def trained_networks(
@@ -59,3 +64,51 @@ def load_expert(
             {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         )
     return model
+
+
+def attention_rates(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, float]:
+    """The rate of every parameter of the attention that trains beside the networks, by name; none
+    by default.
+
+    Args:
+        recipe: ``attention_lr`` and the blocks.
+        model: dense.
+
+    Raises:
+        InputError: It is to train, and there is none.
+    """
+    rate = recipe.attention_lr
+    if rate is None:
+        return {}
+    rates = {
+        f"{name}.{key}": rate
+        for site in expert_sites(recipe, model)
+        for name, attention in attention_beside(model, site).items()
+        for key, _ in attention.named_parameters()
+    }
+    if not rates:
+        raise InputError("'attention_lr': the blocks that become mixtures have no attention")
+    return rates
+
+
+def save_stage(recipe: UpcycleRecipe, model: CLIPMoEModel, folder: Path) -> None:
+    """Write what trained in a stage."""
+    save_file(expert_state(recipe, model), folder / EXPERT_FILE)
+    if rates := attention_rates(recipe, model):
+        weights = {name: model.get_parameter(name).detach().clone() for name in rates}
+        save_file(weights, folder / ATTENTION_FILE)
+
+
+def load_stage(recipe: UpcycleRecipe, model: CLIPMoEModel, folder: Path) -> CLIPMoEModel:
+    """Make a dense model the one of the stage that stands in ``folder``, in place."""
+    load_attention(recipe, model, folder)
+    return load_expert(recipe, model, load_file(folder / EXPERT_FILE))
+
+
+def load_attention(recipe: UpcycleRecipe, model: CLIPMoEModel, folder: Path) -> None:
+    """Give a dense model the attention of a stage, in place, where stages train it."""
+    rates = attention_rates(recipe, model)
+    weights = load_file(folder / ATTENTION_FILE) if rates else {}
+    with torch.no_grad():
+        for name in rates:
+            model.get_parameter(name).copy_(weights[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,9 @@ class CombinedOptimizer(Optimizer):
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], training: ContrastiveTraining
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    training: ContrastiveTraining,
+    rates: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """The optimiser of a contrastive run, over the parameters that train.
 
@@ -55,29 +57,41 @@ def build_optimizer(
     Args:
         named_parameters: Of the model; frozen ones are left out.
         training: ``optimizer``, ``lr`` and ``weight_decay``.
+        rates: Of parameters, by name, whose rate is not ``lr``.
     """
-    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
-    muon = [p for name, p in trained if training.optimizer == "muon" and is_block_matrix(name, p)]
-    chosen = {id(p) for p in muon}
-    rest = [p for _, p in trained if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    muon: dict[float, list[nn.Parameter]] = {training.lr: []}
+    matrices: dict[float, list[nn.Parameter]] = {training.lr: []}
+    vectors: dict[float, list[nn.Parameter]] = {training.lr: []}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        of_muon = training.optimizer == "muon" and is_block_matrix(name, parameter)
+        rest = matrices if parameter.ndim >= 2 else vectors
+        rate = (rates or {}).get(name, training.lr)
+        (muon if of_muon else rest).setdefault(rate, []).append(parameter)
     members: list[Optimizer] = []
-    if groups:
+    if groups := _groups(matrices, training.weight_decay) + _groups(vectors, 0.0):
         members.append(torch.optim.AdamW(groups, lr=training.lr, betas=_BETAS, fused=True))
-    if muon:
+    if groups := _groups(muon, training.weight_decay):
         members.append(
             torch.optim.Muon(
-                muon,
+                groups,
                 lr=training.lr,
-                weight_decay=training.weight_decay,
                 adjust_lr_fn="match_rms_adamw",  # so that one rate serves both
             )
         )
     return members[0] if len(members) == 1 else CombinedOptimizer(members)
+
+
+def _groups(
+    by_rate: Mapping[float, list[nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """The first, whose rate is logged, has the run's."""
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": weight_decay}
+        for rate, parameters in by_rate.items()
+        if parameters
+    ]
 
 
 def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:

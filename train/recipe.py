@@ -197,6 +197,11 @@ class UpcycleRecipe(Recipe):
     (WiSE-FT): 0 is the paper's way."""
     stage_init: Literal["base", "previous"] = "previous"
     """Where a stage's networks start: the paper says ``previous``, its code ``base``."""
+    attention_lr: PositiveFloat | None = None
+    """Train the attention beside the networks, too, at this rate: in the stages, each of which goes
+    on from the one before, and the CLIP-MoE has the last one's; in direct fine-tuning and sparse
+    upcycling all along. Frozen, the paper's way, if null (direct fine-tuning of all parameters:
+    at ``stage.lr``)."""
     global_share: Share = 0.0
     """Share of a stage's pairs in ordinary random batches."""
     stage: ContrastiveTraining

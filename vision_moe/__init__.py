@@ -56,6 +56,7 @@ from vision_moe.routing import (
 from vision_moe.sampler import ClusterBatchSampler
 from vision_moe.surgery import (
     FFNSite,
+    attention_beside,
     ffn_state_dict,
     find_ffns,
     insert_moe,
@@ -104,6 +105,7 @@ __all__ = [
     "atomic_directory",
     "atomic_write_bytes",
     "atomic_write_text",
+    "attention_beside",
     "class_features",
     "contrastive_loss",
     "convert_clip_moe",

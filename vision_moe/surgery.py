@@ -102,6 +102,21 @@ def find_ffns(tower: nn.Module) -> list[FFNSite]:
     return sites
 
 
+def attention_beside(model: nn.Module, site: FFNSite) -> dict[str, nn.Module]:
+    """The attention of the block that a feed-forward network stands in, by its name.
+
+    Args:
+        model: What ``site`` is named from.
+        site: The network.
+    """
+    block = site.name.rpartition(".")[0]
+    return {
+        f"{block}.{name}": child
+        for name, child in model.get_submodule(block).named_children()
+        if any(hasattr(part, "num_heads") for part in child.modules())
+    }
+
+
 def block_classes(tower: nn.Module) -> set[str]:
     """Names of the classes of the blocks that hold a feed-forward network, dense or not."""
     return {

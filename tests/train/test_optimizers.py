@@ -57,6 +57,18 @@ def test_vectors_do_not_decay():
     assert decay == {2: 0.2, 1: 0.0}
 
 
+def test_parameters_can_have_a_rate_of_their_own():
+    for name in ("adamw", "muon"):
+        model = _model()
+        optimizer = build_optimizer(model.named_parameters(), _training(name), {"0.weight": 0.5})
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert {name: rates[id(p)] for name, p in model.named_parameters()} == {
+            "0.weight": 0.5, "0.bias": 0.01, "1.weight": 0.01, "1.bias": 0.01,
+            "2.weight": 0.01, "2.bias": 0.01,
+        }  # fmt: skip
+        assert optimizer.param_groups[0]["lr"] == 0.01  # the one that is logged
+
+
 def test_a_schedule_reaches_every_member():
     optimizer = build_optimizer(_model().named_parameters(), _training("muon"))
     learning_rate_schedule(optimizer, "cosine", warmup_steps=2, steps=4)

@@ -30,6 +30,7 @@ OVERRIDES = [
     "precision=fp32",
     "stage={steps: 4, batch_size: 8, lr: 1e-3, warmup_steps: 1, logit_scale: 100}",
     "stage.earlier_pairs=12",
+    "attention_lr=1e-3",
     "router={steps: 4, batch_size: 8, lr: 1e-2, warmup_steps: 1, logit_scale: 100, balance: 0.5}",
     "router.earlier_pairs=12",
     "save_steps=3",
@@ -101,8 +102,11 @@ def test_two_processes_have_the_losses_and_gradients_of_one(both: tuple[Path, Pa
 def test_two_processes_make_the_weights_of_one(both: tuple[Path, Path]) -> None:
     one, two = (vision_moe.load(out).state_dict() for out in both)
     for name, weight in one.items():
+        parts = [weight, two[name]]
+        if name.endswith("in_proj_bias"):  # keys' change nothing: their gradient is rounding alone
+            parts = [torch.cat([p.chunk(3)[0], p.chunk(3)[2]]) for p in parts]
         # Worst error measured: 2.5e-6, after steps of 1e-3.
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(parts[1], parts[0], rtol=0, atol=2e-5, msg=name)
 
 
 def test_two_processes_leave_what_one_leaves(both: tuple[Path, Path]) -> None:

@@ -14,7 +14,7 @@ import vision_moe
 from tests.train.test_dmu import STAGE, Watch, expert, recipe_of, stage_folder
 from train import dmu, run_recipe
 from train.blocks import moe_config
-from train.contrastive import ContrastiveModel, start_model
+from train.contrastive import ContrastiveModel, configuration, start_model
 from train.dry_run import describe_upcycling
 from train.recipe import RouterTraining, UpcycleRecipe
 from vision_moe import CLIPMoEModel, InputError, LowRankExperts, contrastive_loss
@@ -112,6 +112,105 @@ def test_shuffled_labels_give_other_batches_from_the_same_clusters(
     ]
     assert torch.equal(*kept)
     assert not np.array_equal(watch.batches[0], watch.batches[2])
+
+
+# --- attention beside the networks ----------------------------------------------------------------
+
+
+def attention_of(model: CLIPMoEModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if ".attn." in name}
+
+
+def test_attention_trains_in_the_stages_alone(base: Path, tmp_path: Path, watch: Watch) -> None:
+    made(tmp_path / "out", base, attention_lr=1e-3)
+    dense = vision_moe.load(base)
+    trained = {*vision_moe.ffn_state_dict(dense), *attention_of(dense)}
+    assert watch.changed[:2] == [trained, trained]
+    assert {name.rsplit(".", 2)[1] for name in watch.changed[2]} == {"router"}
+
+
+def test_a_stage_goes_on_from_the_attention_of_the_one_before(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    model = made(tmp_path / "out", base, attention_lr=1e-3)
+    first, last = (
+        load_file(stage_folder(tmp_path / "out") / f"stage_{number}" / "attention.safetensors")
+        for number in (1, 2)
+    )
+    assert all(watch.starts[1][name].equal(value) for name, value in first.items())
+    assert all(last[name].equal(value) for name, value in attention_of(model).items())
+    assert not any(last[name].equal(value) for name, value in first.items())
+
+
+def test_stages_that_there_are_hand_on_their_attention(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path / "out", base, attention_lr=1e-3)
+    whole = vision_moe.load(run_recipe(recipe)).state_dict()
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(stage_folder(tmp_path / "out") / "stage_2")
+    resumed = vision_moe.load(run_recipe(recipe)).state_dict()
+    assert all(resumed[name].equal(value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    "method", [{"method": "direct", "direct_parameters": "ffn"}, {"method": "sparse"}]
+)
+def test_attention_trains_in_baselines_too(
+    base: Path, tmp_path: Path, watch: Watch, method: dict[str, Any]
+) -> None:
+    model = made(tmp_path / "out", base, attention_lr=1e-3, **method)
+    others = set(attention_of(model))
+    assert {name for name in watch.changed[0] if ".mlp." not in name} == others
+
+
+@pytest.mark.parametrize("parameters", ["all", "ffn"])
+def test_attention_has_its_own_rate(base: Path, tmp_path: Path, parameters: str) -> None:
+    tuned = made(
+        tmp_path / "out", base, method="direct", direct_parameters=parameters, attention_lr=1e-30
+    )
+    start = vision_moe.load(base)
+    for name, value in tuned.named_parameters():
+        change = (value - start.get_parameter(name)).abs().max()
+        if ".attn." in name:
+            assert change < 1e-25
+        elif ".mlp." in name:
+            assert change > 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "seeds"},
+        {"stage_init": "base"},
+        {"clusters": "parallel", "cluster_modality": "text"},
+    ],
+)
+def test_stages_of_different_attention_are_refused(
+    base: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match="'attention_lr' needs stages that go on from one another"):
+        run_recipe(recipe_of(tmp_path / "out", base, attention_lr=1e-3, **changes))
+
+
+def test_blocks_without_attention_are_refused(tmp_path: Path) -> None:
+    from tests.train.test_dry_run import MODEL, recipe_with
+
+    recipe = recipe_with("attention_lr=1e-3", "text_blocks=none")
+    recipe.model = MODEL | {
+        "vision_cfg": {
+            "timm_model_name": "mixer_s32_224", "timm_pool": "", "timm_proj": "linear",
+            "image_size": 224,
+        }
+    }  # fmt: skip
+    with pytest.raises(InputError, match="'attention_lr': .* have no attention"):
+        describe_upcycling(recipe)
+
+
+def test_runs_from_before_attention_could_train_go_on(base: Path, tmp_path: Path) -> None:
+    frozen, trained = (
+        configuration(recipe_of(tmp_path / "out", base, attention_lr=rate)) for rate in (None, 1e-3)
+    )
+    assert "attention_lr" not in frozen
+    assert trained == frozen | {"attention_lr": 1e-3}
 
 
 # --- clusters -------------------------------------------------------------------------------------
@@ -249,6 +348,7 @@ def test_only_chosen_blocks_become_mixtures(
         ({"method": "direct"}, "direct: all parameters of the dense CLIP train for 9 steps"),
         ({"experts": "low_rank", "rank": 4}, "3 experts, top-2, rank 4"),
         ({"experts": "truncated", "rank": 4}, "3 experts, top-2, rank 4"),
+        ({"attention_lr": 5e-4}, "the attention beside the networks trains, too, at 0.0005"),
     ],
 )
 def test_dry_run_tells_the_plan(
@@ -274,6 +374,15 @@ def test_whole_networks_train_for_truncated_experts() -> None:
     recipe = recipe_with("experts=truncated", "rank=4", "text_blocks=none")
     recipe.model = MODEL
     assert trained_parameters(recipe) == 6 * (2 * 32 * 128 + 128 + 32)
+
+
+def test_attention_that_trains_is_counted() -> None:
+    from tests.train.test_dry_run import MODEL, recipe_with
+
+    recipe = recipe_with("attention_lr=1e-3", "vision_blocks=last_2", "text_blocks=none")
+    recipe.model = MODEL
+    # Four projections of width 32 in each of two blocks, beside the networks.
+    assert trained_parameters(recipe) == 2 * (2 * 32 * 128 + 128 + 32) + 2 * (4 * 32 * 33)
 
 
 def trained_parameters(recipe: UpcycleRecipe) -> int:

@@ -41,17 +41,20 @@ def test_timm_swin_ffns_have_the_width_of_their_stage() -> None:
     assert [site.width for site in vision_moe.find_ffns(swin)] == [8, 16]
 
 
+#: Of Hugging Face's encoders.
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
 def test_hugging_face_ffns_are_found() -> None:
-    small = {
-        "hidden_size": 16,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 16,
-        "patch_size": 8,
-    }
-    clip = CLIPVisionModel(CLIPVisionConfig(**small))
-    siglip = SiglipVisionModel(SiglipVisionConfig(**small))
+    clip = CLIPVisionModel(CLIPVisionConfig(**SMALL))
+    siglip = SiglipVisionModel(SiglipVisionConfig(**SMALL))
     for model in (clip, siglip):
         names = [site.name.rsplit("encoder.", 1)[1] for site in vision_moe.find_ffns(model)]
         assert names == ["layers.0.mlp", "layers.1.mlp"]
@@ -75,6 +78,31 @@ def test_ffns_as_wide_as_the_tower_are_told_from_attention() -> None:
         block.attn = SquareAttention()
     names = [site.name for site in vision_moe.find_ffns(vit)]
     assert names == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (timm_vit(), ["blocks.0.attn", "blocks.1.attn"]),
+        (
+            CLIPVisionModel(CLIPVisionConfig(**SMALL)),
+            ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"],
+        ),
+    ],
+)
+def test_attention_beside_ffns_is_found(model: torch.nn.Module, names: list[str]) -> None:
+    sites = vision_moe.find_ffns(model)
+    found = [name for site in sites for name in vision_moe.attention_beside(model, site)]
+    assert [name.removeprefix("vision_model.") for name in found] == names
+
+
+def test_open_clips_attention_is_found(dense_clip: CLIPMoEModel) -> None:
+    site = vision_moe.find_ffns(dense_clip)[0]
+    found = vision_moe.attention_beside(dense_clip, site)
+    assert list(found) == ["visual.transformer.resblocks.0.attn"]
+    assert found["visual.transformer.resblocks.0.attn"] is (
+        dense_clip.visual.transformer.resblocks[0].attn
+    )
 
 
 def test_identical_experts_match_a_dense_timm_vit() -> None:

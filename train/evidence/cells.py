@@ -27,12 +27,11 @@ from train import run_recipe, stages
 from train.clip_evaluation import HeldOutScenes, held_out_scenes, measure_clip
 from train.config import load_recipe
 from train.contrastive import LOG_FILE
-from train.dmu import EXPERT_FILE
 from train.evidence.methods import ALL, LANGUAGE_MODELS, METHODS, LanguageModel
 from train.evidence.readers import read_facts
 from train.evidence.stand_in import make_untrained, take_language_model, write_questions
 from train.evidence.workers import Job
-from train.experts import load_expert
+from train.experts import EXPERT_FILE, load_attention, load_expert, load_stage
 from train.recipe import ContrastiveRecipe, InstructionRecipe, Recipe, UpcycleRecipe
 from train.stages import Stage, fingerprint_of
 from vision_moe import CLIPMoEModel, ffn_state_dict, load, save, spread_experts
@@ -226,11 +225,13 @@ class Cell:
             stages.run(stage, partial(self._average, own))
         shutil.rmtree(own, ignore_errors=True)
 
-    def _average(self, stage_folders: Path, folder: Path) -> None:
+    def _average(self, own: Path, folder: Path) -> None:
         base = load(base_folder(self.options))
         experts = [ffn_state_dict(base)]
-        experts += [load_tensors(file) for file in stage_folders.glob(f"stage_*/{EXPERT_FILE}")]
+        stage_folders = _stage_folders(own)
+        experts += [load_tensors(one / EXPERT_FILE) for one in stage_folders]
         recipe = self.recipe()
+        load_attention(recipe, base, stage_folders[-1])
         average = spread_experts(experts, 0, recipe.base_share)[0]
         save(load_expert(recipe, base, average), folder)
 
@@ -238,8 +239,8 @@ class Cell:
         """The dense base, then the dense CLIP of each of this cell's stages."""
         base = base_folder(self.options)
         yield load(base)
-        for file in sorted(Path(f"{self.clip}.stages").glob(f"stage_*/{EXPERT_FILE}")):
-            yield load_expert(self.recipe(), load(base), load_tensors(file))
+        for folder in _stage_folders(Path(f"{self.clip}.stages")):
+            yield load_stage(self.recipe(), load(base), folder)
 
     def measure(self, split: Split) -> None:
         """What the CLIP knows."""
@@ -338,6 +339,11 @@ class Cell:
     def _mean_scores(self, task: str, mllms: Sequence[Mllm]) -> dict[str, float]:
         scores = [_read(self.folder / f"{task}{one.suffix}" / _SCORES)["metrics"] for one in mllms]
         return {key: float(np.mean([one[key] for one in scores])) for key in scores[0]}
+
+
+def _stage_folders(stages_of_clip: Path) -> list[Path]:
+    """Of the stages that are whole, the first one first."""
+    return sorted(file.parent for file in stages_of_clip.glob(f"stage_*/{EXPERT_FILE}"))
 
 
 def base_folder(options: EvidenceOptions) -> Path:
