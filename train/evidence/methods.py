@@ -78,6 +78,7 @@ ABLATIONS: dict[str, Method] = {
     "spread_25": Method("spread 0.25", ("expert_spread=0.25",), stages_of="dmu"),
     "spread_75": Method("spread 0.75", ("expert_spread=0.75",), stages_of="dmu"),
     "base_share_20": Method("a fifth of the base in each", ("base_share=0.2",), stages_of="dmu"),
+    "attention": Method("attention trains, too, at 5e-4", ("attention_lr=5.0e-4",)),
     "second_half": Method(
         "second half of the blocks", ("vision_blocks=second_half", "text_blocks=second_half")
     ),
