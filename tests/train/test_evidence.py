@@ -27,6 +27,7 @@ from train.evidence.cells import (
 )
 from train.evidence.command import _minutes_left, planned_cells, planned_jobs, run
 from train.evidence.methods import (
+    ATTENTION,
     FEWER_LOSSES,
     FEWER_PAIRS,
     LANGUAGE_MODELS,
@@ -215,15 +216,15 @@ def test_pretrained_language_model_sees_with_each_tower_too(
     assert (tmp_path / "out" / "questions_pretrained.png").is_file()
 
 
-def test_fewer_losses_and_pairs_are_asked_beside_what_they_lack(
+def test_variants_are_asked_beside_the_methods_they_vary(
     finished: Path, options: list[str], tmp_path: Path
 ) -> None:
     shutil.copytree(finished, tmp_path / "out")
     run([*options, f"out={tmp_path / 'out'}", "seeds=[1]", "methods=[direct, dmu]",
-         "fewer_losses=true", "fewer_pairs=true"])  # fmt: skip
+         "fewer_losses=true", "fewer_pairs=true", "attention=true"])  # fmt: skip
     found = evidence(tmp_path / "out")
     asked = {name for name, cell in found["cells"].items() if "scenes" in cell}
-    more = {**FEWER_LOSSES, **FEWER_PAIRS}
+    more = {**FEWER_LOSSES, **FEWER_PAIRS, **ATTENTION}
     assert asked == {"dense-1", "direct-1", "dmu-1", *(f"{name}-1" for name in more)}
     assert found["claims"].keys() >= {
         "vqa_vs_direct_finetuning_of_clip_loss", "vqa_of_clip_loss_vs_direct_finetuning",
@@ -231,6 +232,9 @@ def test_fewer_losses_and_pairs_are_asked_beside_what_they_lack(
         "vqa_vs_no_patch_loss", "vqa_vs_no_earlier_pairs", "retrieval_of_few_pairs_vs_dense",
         "retrieval_of_few_pairs_vs_direct_finetuning", "vqa_of_few_pairs_vs_dense",
         "vqa_of_few_pairs_vs_direct_finetuning", "vqa_of_few_pairs_vs_direct_finetuning_ffn",
+        "retrieval_with_attention_vs_direct_finetuning", "zero_shot_with_attention_vs_dense",
+        "retrieval_with_attention_vs_direct_finetuning_with_it", "vqa_with_attention_vs_dense",
+        "vqa_with_attention_vs_direct_finetuning_with_it",
     }  # fmt: skip
     assert all(
         method.title in (tmp_path / "out" / "tables.md").read_text()
@@ -259,6 +263,18 @@ def test_fewer_losses_lack_these_and_nothing_else(
         assert getattr(alone, part) == dataclasses.replace(getattr(whole, part), **changed)
     rest = {"stage": whole.stage, "router": whole.router, "out": whole.out}
     assert dataclasses.replace(alone, **rest) == whole
+
+
+def test_attention_trains_at_the_same_rates_and_losses_in_both(base: Path) -> None:
+    options = EvidenceOptions(base=str(base))
+    direct, dmu = (
+        Cell(name, 0, options).recipe() for name in ("direct_ffn_attention", "dmu_attention")
+    )
+    assert direct.attention_lr == dmu.attention_lr == 5e-4
+    assert direct.stage == dmu.stage and direct.direct_parameters == "ffn"
+    assert dmu.router.patch_loss == dmu.stage.patch_loss == 1
+    plain = Cell("dmu", 0, options).recipe()
+    assert (plain.attention_lr, plain.stage.patch_loss) == (None, 0.3)
 
 
 @pytest.mark.parametrize("name", ["direct", "direct_ffn", "dmu"])
@@ -381,7 +397,7 @@ def test_ablations_run_with_one_seed() -> None:
 
 def test_each_method_trains_for_as_many_steps(base: Path, tmp_path: Path) -> None:
     options = EvidenceOptions(out=str(tmp_path), base=str(base))
-    methods = (*METHODS, *FEWER_LOSSES, *FEWER_PAIRS)
+    methods = (*METHODS, *FEWER_LOSSES, *FEWER_PAIRS, *ATTENTION)
     recipes = {name: Cell(name, 0, options).recipe() for name in methods}
     steps = {(one.stage.steps, one.router.steps, one.num_experts) for one in recipes.values()}
     assert len(steps) == 1

@@ -61,6 +61,8 @@ class EvidenceOptions:
             the stand-in with their towers.
         fewer_pairs: Also direct fine-tuning and DMU from a quarter of the pairs, and the stand-in
             with their towers.
+        attention: Also direct fine-tuning and DMU that train the attention beside the networks and
+            heed patch tokens more, and the stand-in with their towers.
         ablations: Also every ablation, with the first seed alone.
         mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
         mllm_seeds: Those of the seeds whose MLLMs run; all by default.
@@ -86,6 +88,7 @@ class EvidenceOptions:
     methods: tuple[str, ...] = tuple(METHODS)
     fewer_losses: bool = False
     fewer_pairs: bool = False
+    attention: bool = False
     ablations: bool = False
     mllm_methods: tuple[str, ...] = ("dense", "direct", "direct_ffn", "dmu")
     mllm_seeds: tuple[int, ...] | None = None

@@ -32,6 +32,7 @@ from train.evidence.claims import Claim, difference, share_of_gain
 from train.evidence.experts import examine_experts
 from train.evidence.methods import (
     ABLATIONS,
+    ATTENTION,
     FEWER_LOSSES,
     FEWER_PAIRS,
     LANGUAGE_MODELS,
@@ -65,6 +66,17 @@ RETRIEVAL_CLAIMS = {
     "retrieval_of_few_pairs_vs_dense": ("dmu_few_pairs", "dense"),
     "retrieval_of_few_pairs_vs_direct_finetuning": ("dmu_few_pairs", "direct_few_pairs"),
     "retrieval_of_few_pairs_vs_direct_finetuning_ffn": ("dmu_few_pairs", "direct_ffn_few_pairs"),
+    "retrieval_with_attention_vs_dense": ("dmu_attention", "dense"),
+    "retrieval_with_attention_vs_direct_finetuning": ("dmu_attention", "direct"),
+    "retrieval_with_attention_vs_direct_finetuning_ffn": ("dmu_attention", "direct_ffn"),
+    "retrieval_with_attention_vs_direct_finetuning_with_it": (
+        "dmu_attention", "direct_ffn_attention"
+    ),
+}  # fmt: skip
+#: Claim -> a method that should name the main object at most a point less often than the base.
+ZERO_SHOT_CLAIMS = {
+    "zero_shot_vs_dense": "dmu",
+    "zero_shot_with_attention_vs_dense": "dmu_attention",
 }
 #: Claim -> task, two methods, and by how much the first should be above the other.
 VQA_CLAIMS = {
@@ -88,6 +100,12 @@ VQA_CLAIMS = {
     ),
     "vqa_of_few_pairs_vs_direct_finetuning_ffn": (
         "scenes", "dmu_few_pairs", "direct_ffn_few_pairs", 0.0
+    ),
+    "vqa_with_attention_vs_dense": ("scenes", "dmu_attention", "dense", 2.0),
+    "vqa_with_attention_vs_direct_finetuning": ("scenes", "dmu_attention", "direct", 0.0),
+    "vqa_with_attention_vs_direct_finetuning_ffn": ("scenes", "dmu_attention", "direct_ffn", 0.0),
+    "vqa_with_attention_vs_direct_finetuning_with_it": (
+        "scenes", "dmu_attention", "direct_ffn_attention", 0.0
     ),
 }  # fmt: skip
 _DIAGNOSED_SCENES = 500
@@ -174,6 +192,7 @@ def planned_cells(options: EvidenceOptions) -> list[Cell]:
     more = (
         *(FEWER_LOSSES if options.fewer_losses else ()),
         *(FEWER_PAIRS if options.fewer_pairs else ()),
+        *(ATTENTION if options.attention else ()),
     )
     names = in_order((*options.methods, *more))
     if options.mllm_methods:
@@ -271,10 +290,11 @@ def claims(options: EvidenceOptions, by_seed: dict[int, dict[str, Cell]]) -> dic
         ours, theirs = scores(*methods)
         if ours:
             made[name] = difference(retrieval(ours), retrieval(theirs))
-    ours, base = scores("dmu", "dense")
-    if ours:
-        named = [[hits[ZERO_SHOT] for hits in one] for one in (ours, base)]
-        made["zero_shot_vs_dense"] = difference(named[0], named[1], -1.0, above_zero=False)
+    for name, method in ZERO_SHOT_CLAIMS.items():
+        ours, base = scores(method, "dense")
+        if ours:
+            named = [[hits[ZERO_SHOT] for hits in one] for one in (ours, base)]
+            made[name] = difference(named[0], named[1], -1.0, above_zero=False)
     part, whole, base = scores("low_rank", "dmu", "dense")
     if part:
         made["low_rank_share_of_gain"] = share_of_gain(

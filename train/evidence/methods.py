@@ -122,7 +122,22 @@ FEWER_PAIRS: dict[str, Method] = {
     )
 }
 
-ALL = {**METHODS, **FEWER_LOSSES, **FEWER_PAIRS, **ABLATIONS}
+_ATTENTION = ("attention_lr=5.0e-4", "stage.lr=2.0e-3", "stage.patch_loss=1")
+
+#: For an MLLM's sake: attention trains beside the networks, patch tokens count as much as the class
+#: token, and half of a stage's pairs come at random, so that the main object is not forgotten.
+ATTENTION: dict[str, Method] = {
+    "direct_ffn_attention": Method(
+        "direct fine-tuning, FFN and attention",
+        ("method=direct", "direct_parameters=ffn", *_ATTENTION),
+    ),
+    "dmu_attention": Method(
+        "CLIP-MoE (DMU), attention too",
+        (*_ATTENTION, "global_share=0.5", "router.patch_loss=1"),
+    ),
+}
+
+ALL = {**METHODS, **FEWER_LOSSES, **FEWER_PAIRS, **ATTENTION, **ABLATIONS}
 
 
 def in_order(names: tuple[str, ...]) -> tuple[str, ...]:
