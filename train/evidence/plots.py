@@ -36,7 +36,12 @@ def draw(evidence: Mapping[str, Any], folder: Path) -> list[Path]:
         "retrieval": lambda axes: _retrieval(axes, methods, evidence["config"]["splits"]),
         "factors": lambda axes: _factors(axes, methods, split),
     }
-    heights = {"factors": 5.2, "claims": max(4.2, 1.2 + 0.2 * len(evidence["claims"]))}
+    rows = 0.2 * len({cell["method"] for cell in methods.values()})
+    heights = {
+        "claims": max(4.2, 1.2 + 0.2 * len(evidence["claims"])),
+        "retrieval": max(4.2, 1.2 + rows),
+        "factors": max(5.2, 2.2 + rows),
+    }
     for suffix, told in ANSWERED_BY.items():
         task = f"scenes{suffix}"
         if asked := {name: cell for name, cell in cells.items() if task in cell}:
@@ -71,7 +76,7 @@ def _claims(axes: Any, claims: Mapping[str, Mapping[str, Any]]) -> None:
     axes.axvline(0, color=_GRAY, linewidth=1)
     axes.set_yticks(positions, [name.replace("_", " ") for name in shown])
     axes.invert_yaxis()
-    axes.set_xlabel("points; 95 % interval; blue reached, orange missed; a bar is a goal beside 0")
+    axes.set_xlabel("points; 95 % interval; blue reached, orange missed;\na bar is a goal beside 0")
     axes.set_title("CLIP-MoE (DMU) less its controls")
 
 
