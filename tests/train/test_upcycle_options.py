@@ -142,15 +142,6 @@ def test_a_stage_goes_on_from_the_attention_of_the_one_before(
     assert not any(last[name].equal(value) for name, value in first.items())
 
 
-def test_stages_that_there_are_hand_on_their_attention(base: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path / "out", base, attention_lr=1e-3)
-    whole = vision_moe.load(run_recipe(recipe)).state_dict()
-    shutil.rmtree(tmp_path / "out")
-    shutil.rmtree(stage_folder(tmp_path / "out") / "stage_2")
-    resumed = vision_moe.load(run_recipe(recipe)).state_dict()
-    assert all(resumed[name].equal(value) for name, value in whole.items())
-
-
 @pytest.mark.parametrize(
     "method", [{"method": "direct", "direct_parameters": "ffn"}, {"method": "sparse"}]
 )
