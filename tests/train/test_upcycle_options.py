@@ -129,10 +129,11 @@ def test_attention_trains_in_the_stages_alone(base: Path, tmp_path: Path, watch:
     assert {name.rsplit(".", 2)[1] for name in watch.changed[2]} == {"router"}
 
 
+@pytest.mark.parametrize("experts", ["full", "low_rank"])
 def test_a_stage_goes_on_from_the_attention_of_the_one_before(
-    base: Path, tmp_path: Path, watch: Watch
+    base: Path, tmp_path: Path, watch: Watch, experts: str
 ) -> None:
-    model = made(tmp_path / "out", base, attention_lr=1e-3)
+    model = made(tmp_path / "out", base, attention_lr=1e-3, experts=experts, rank=4)
     first, last = (
         load_file(stage_folder(tmp_path / "out") / f"stage_{number}" / "attention.safetensors")
         for number in (1, 2)
