@@ -315,8 +315,10 @@ def configuration(recipe: Any) -> dict[str, Any]:
     content = recipe_dict(recipe)
     if isinstance(recipe.model, str) and Path(recipe.model).is_dir():
         content.pop("model")  # what the folder holds is an input, not where it lies
-    if content.get("attention_lr") is None:  # as before there was this key, whose runs go on
-        content.pop("attention_lr", None)
+    # As before there were these keys, whose runs go on.
+    for part, key in ((content, "attention_lr"), (content.get("router", {}), "experts_lr")):
+        if part.get(key) is None:
+            part.pop(key, None)
     return {key: value for key, value in content.items() if key not in NOT_CONFIGURATION}
 
 

@@ -2,8 +2,8 @@
 
 Stages 1 to N-1 of multistage contrastive learning each train the feed-forward networks on batches
 from one accumulated cluster; the base's and every stage's networks become the experts; a router is
-tuned with all else frozen. The recipe's ``method`` runs the baselines by the same code. Stages
-stand in ``<out>.stages`` and are not run again once whole.
+tuned with all else frozen (``router.experts_lr``: with the experts). The recipe's ``method`` runs
+the baselines by the same code. Stages stand in ``<out>.stages`` and are not run again once whole.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from train.experts import (
     attention_rates,
     load_attention,
     load_stage,
+    rates_beside_routers,
     save_stage,
     trained_networks,
 )
@@ -225,7 +226,7 @@ def _batches(
 def _router_batches(
     recipe: UpcycleRecipe, mcl: Sequence[Stage], training: RouterTraining, pairs: Pairs
 ) -> EpochBatches:
-    """What the routers see, of sparse upcycling the experts too."""
+    """What the routers see, and whatever trains with them."""
     left_out = _skipped(pairs)
     if mcl and (mcl[-1].folder / LABEL_FILE).is_file():
         labels = read_labels(mcl[-1].folder / LABEL_FILE)
@@ -268,8 +269,8 @@ def _assemble(
     seconds_of_stages: float,
     folder: Path,
 ) -> None:
-    """Base and stages become the experts; then the routers train, of sparse upcycling the experts
-    with them."""
+    """Base and stages become the experts; then the routers train, of sparse upcycling and where the
+    recipe says so the experts with them."""
     sparse = recipe.method == "sparse"
     low_rank = recipe.experts == "low_rank"
     experts = [ffn_state_dict(base)] * (recipe.num_experts if sparse else 1)
@@ -281,7 +282,7 @@ def _assemble(
         experts = spread_experts(experts, *distances)
     if mcl:
         load_attention(recipe, base, mcl[-1].folder)
-    rates = attention_rates(recipe, base) if sparse else {}
+    attention = attention_rates(recipe, base)
     generator = torch.Generator().manual_seed(recipe.seed)
     moe = moe_config(recipe, base)
     model = upcycle(
@@ -302,13 +303,13 @@ def _assemble(
         routers[name] = layer.router.weight  # type: ignore[assignment]
     start = {name: weight.detach().clone() for name, weight in routers.items()}
     training = recipe.router
+    rates = rates_beside_routers(recipe, layers, attention)
     parameters = [p for layer in layers.values() for p in _router_parameters(recipe, layer)]
+    parameters += _named(model, rates)
     if sparse:
         training = replace(
             recipe.router, **{**asdict(recipe.stage), "steps": total_steps(recipe)}
         )
-        parameters += [p for layer in layers.values() for p in layer.experts.parameters()]
-        parameters += _named(model, rates)
     history: list[dict[str, float]] = []
     if parameters:
         history = train_contrastive(

@@ -97,6 +97,8 @@ def _plan(recipe: UpcycleRecipe) -> str:
             f"{recipe.method}: {stages} stages of {steps:,} steps, then {recipe.router.steps:,} of"
             " the routers"
         )
+        if recipe.router.experts_lr is not None:
+            plan += f" and the experts, these at {recipe.router.experts_lr:g}"
     if recipe.attention_lr is not None:
         plan += f"; the attention beside the networks trains, too, at {recipe.attention_lr:g}"
     return plan

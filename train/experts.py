@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from train.blocks import expert_sites
 from train.recipe import UpcycleRecipe
-from vision_moe import CLIPMoEModel, InputError, LowRankFFN, attention_beside
+from vision_moe import (
+    CLIPMoEModel,
+    InputError,
+    LowRankExperts,
+    LowRankFFN,
+    MoEFeedForward,
+    attention_beside,
+)
 
 EXPERT_FILE = "expert.safetensors"
 ATTENTION_FILE = "attention.safetensors"
@@ -88,6 +95,29 @@ def attention_rates(recipe: UpcycleRecipe, model: CLIPMoEModel) -> dict[str, flo
     }
     if not rates:
         raise InputError("'attention_lr': the blocks that become mixtures have no attention")
+    return rates
+
+
+def rates_beside_routers(
+    recipe: UpcycleRecipe, layers: Mapping[str, MoEFeedForward], attention: Mapping[str, float]
+) -> dict[str, float]:
+    """The rate of every parameter that trains with the routers, by name: of the experts, low-rank
+    ones' changes alone, and of the attention. Of all in sparse upcycling, and where
+    ``router.experts_lr`` says so.
+
+    Args:
+        recipe: ``method`` and rates.
+        layers: of the CLIP-MoE, by name.
+        attention: :func:`attention_rates` of the dense model.
+    """
+    rate = recipe.stage.lr if recipe.method == "sparse" else recipe.router.experts_lr
+    if rate is None:
+        return {}
+    rates = {name: lr * (rate / recipe.stage.lr) for name, lr in attention.items()}
+    for name, layer in layers.items():
+        part = "experts.deltas" if isinstance(layer.experts, LowRankExperts) else "experts"
+        for key, _ in layer.get_submodule(part).named_parameters():
+            rates[f"{name}.{part}.{key}"] = rate
     return rates
 
 

@@ -116,6 +116,9 @@ class RouterTraining(ContrastiveTraining):
     bias_rate: NonNegative = 0.0
     """Balancing without a loss (arXiv 2408.15664: 0.001): after each step the bias that an expert
     is chosen by moves by so much, towards an even load."""
+    experts_lr: PositiveFloat | None = None
+    """Train the experts with the routers, at this rate, and where stages train the attention, that,
+    too, at as large a share of it as there. Frozen, the paper's way, if null."""
     base_gate: bool = False
     """Keep the base's network always on, beside ``top_k`` of the others, with a share that is
     learnt for each token (CLIP-FMoE)."""

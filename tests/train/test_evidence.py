@@ -290,9 +290,12 @@ def test_fewer_pairs_change_their_number_and_the_rate_alone(name: str, base: Pat
 
 
 def test_pretrained_language_model_sees_with_the_towers_of_the_claims() -> None:
-    options = EvidenceOptions(methods=("dmu",), fewer_losses=True, pretrained_llm="embedded")
+    options = EvidenceOptions(
+        methods=("dmu",), fewer_losses=True, attention=True, pretrained_llm="embedded"
+    )
     names = {job.name for job in planned_jobs(options, planned_cells(options))}
     assert "MLLM_pretrained of dmu-1" in names and "MLLM of dmu_clip_loss-1" in names
+    assert {f"MLLM_pretrained of {name}-1" for name in ATTENTION} <= names
     assert "MLLM_pretrained of dmu_clip_loss-1" not in names
 
 

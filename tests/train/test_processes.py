@@ -33,6 +33,7 @@ OVERRIDES = [
     "attention_lr=1e-3",
     "router={steps: 4, batch_size: 8, lr: 1e-2, warmup_steps: 1, logit_scale: 100, balance: 0.5}",
     "router.earlier_pairs=12",
+    "router.experts_lr=1e-3",
     "save_steps=3",
 ]
 

@@ -16,6 +16,7 @@ from train import dmu, run_recipe
 from train.blocks import moe_config
 from train.contrastive import ContrastiveModel, configuration, start_model
 from train.dry_run import describe_upcycling
+from train.experts import attention_rates, rates_beside_routers
 from train.recipe import RouterTraining, UpcycleRecipe
 from vision_moe import CLIPMoEModel, InputError, LowRankExperts, contrastive_loss
 
@@ -340,6 +341,10 @@ def test_only_chosen_blocks_become_mixtures(
         ({"method": "direct"}, "direct: all parameters of the dense CLIP train for 9 steps"),
         ({"experts": "low_rank", "rank": 4}, "3 experts, top-2, rank 4"),
         ({"experts": "truncated", "rank": 4}, "3 experts, top-2, rank 4"),
+        (
+            {"router": {"steps": 3, "lr": 1e-2, "experts_lr": 1e-3}},
+            "dmu: 2 stages of 3 steps, then 3 of the routers and the experts, these at 0.001",
+        ),
         ({"attention_lr": 5e-4}, "the attention beside the networks trains, too, at 0.0005"),
     ],
 )
@@ -423,6 +428,62 @@ def test_routers_see_clusters_where_the_recipe_says_so(
     clusters = [labels[torch.from_numpy(batch)].unique() for batch in watch.batches[0]]
     # An epoch is 6 batches; what does not fill one is pooled with other clusters'.
     assert sum(len(one) == 1 for one in clusters) == sum(sizes // 8) > 0
+
+
+@pytest.mark.parametrize("experts", ["full", "low_rank", "truncated"])
+def test_experts_train_with_the_routers(
+    base: Path, tmp_path: Path, watch: Watch, experts: str
+) -> None:
+    options = {"router": ROUTER | {"experts_lr": 1e-3}, "experts": experts, "rank": 4}
+    model = made(tmp_path / "out", base, **options)
+    # Low-rank experts' base is what they share, and stays.
+    part = ".experts." if experts == "full" else ".experts.deltas."
+    trained = {name for name, _ in model.named_parameters() if part in name}
+    routers = {f"{name}.router.weight" for name in vision_moe.moe_layers(model)}
+    assert watch.changed[2] == trained | routers
+    assert [len(batches) for batches in watch.batches] == [3, 3, 3]
+
+
+def test_attention_trains_with_the_experts(base: Path, tmp_path: Path, watch: Watch) -> None:
+    model = made(
+        tmp_path / "out", base, attention_lr=1e-3, router=ROUTER | {"experts_lr": 1e-3}
+    )
+    others = {name for name in watch.changed[2] if ".mlp." not in name}
+    assert others == set(attention_of(model))
+
+
+@pytest.mark.parametrize("method", ["dmu", "sparse"])
+def test_rates_beside_the_routers(base: Path, tmp_path: Path, method: str) -> None:
+    router = ROUTER | {"experts_lr": 3e-4}
+    recipe = recipe_of(tmp_path / "out", base, method=method, attention_lr=5e-4, router=router)
+    dense = vision_moe.load(base)
+    attention = attention_rates(recipe, dense)
+    layers = vision_moe.moe_layers(vision_moe.load(run_recipe(recipe)))
+    rates = rates_beside_routers(recipe, layers, attention)
+    # Sparse upcycling's one run has the stages' rates.
+    expected = recipe.stage.lr if method == "sparse" else 3e-4
+    share = 5e-4 / recipe.stage.lr
+    assert rates.keys() > attention.keys()
+    for name, rate in rates.items():
+        assert rate == pytest.approx(expected * (share if name in attention else 1))
+
+
+def test_experts_have_their_own_rate_beside_the_routers(
+    base: Path, tmp_path: Path, watch: Watch
+) -> None:
+    made(tmp_path / "out", base, router=ROUTER | {"experts_lr": 1e-30})
+    assert {name.rsplit(".", 2)[1] for name in watch.changed[2]} == {"router"}
+
+
+def test_runs_from_before_experts_could_train_with_routers_go_on(
+    base: Path, tmp_path: Path
+) -> None:
+    frozen, trained = (
+        configuration(recipe_of(tmp_path / "out", base, router=ROUTER | {"experts_lr": rate}))
+        for rate in (None, 1e-3)
+    )
+    assert "experts_lr" not in frozen["router"]
+    assert trained == frozen | {"router": frozen["router"] | {"experts_lr": 1e-3}}
 
 
 def test_routers_of_shuffled_labels_see_other_clusters(

@@ -27,7 +27,7 @@ from train import run_recipe, stages
 from train.clip_evaluation import HeldOutScenes, held_out_scenes, measure_clip
 from train.config import load_recipe
 from train.contrastive import LOG_FILE
-from train.evidence.methods import ALL, LANGUAGE_MODELS, METHODS, LanguageModel
+from train.evidence.methods import ALL, ATTENTION, LANGUAGE_MODELS, METHODS, LanguageModel
 from train.evidence.readers import read_facts
 from train.evidence.stand_in import make_untrained, take_language_model, write_questions
 from train.evidence.workers import Job
@@ -72,9 +72,9 @@ class EvidenceOptions:
         stand_in: Folder of a small language model that sees with each tower; without, one is
             trained (:mod:`train.evidence.stand_in`).
         num_text_scenes: Whose captions and questions the stand-in learns from.
-        pretrained_llm: Another that sees with the claims' towers, tuned by low-rank adapters
-            (recipe ``evidence_mllm_lora``): ``embedded`` (SmolLM2), a folder, or a name on the
-            model hub. None by default: it takes far longer.
+        pretrained_llm: Another that sees with the claims' towers and those of ``attention``, tuned
+            by low-rank adapters (recipe ``evidence_mllm_lora``): ``embedded`` (SmolLM2), a folder,
+            or a name on the model hub. None by default: it takes far longer.
         pretrained_runs: MLLMs of each tower with that one, as ``mllm_runs``.
         splits: The first is what claims rest on. To choose by: ``[validation]``.
         num_pairs: Scenes of each split, candidates of the retrieval.
@@ -156,7 +156,7 @@ class Cell:
             recipe, name = "evidence_mllm", os.fspath(stand_in_folder(options))
             runs = options.mllm_runs
         else:
-            if options.pretrained_llm is None or self.method not in METHODS:
+            if options.pretrained_llm is None or self.method not in {**METHODS, **ATTENTION}:
                 return []
             recipe, name = "evidence_mllm_lora", options.pretrained_llm
             runs = options.pretrained_runs
