@@ -17,6 +17,7 @@ from mllm.bench import parse_options
 from mllm.evaluate import read_predictions
 from mllm.llm import load_llm
 from train.clip_evaluation import I2T, T2I, ZERO_SHOT
+from train.dmu import total_steps
 from train.evidence import cells
 from train.evidence.cells import (
     STAND_IN,
@@ -265,16 +266,17 @@ def test_fewer_losses_lack_these_and_nothing_else(
     assert dataclasses.replace(alone, **rest) == whole
 
 
-def test_attention_trains_at_the_same_rates_and_losses_in_both(base: Path) -> None:
+def test_attention_trains_at_the_same_rates_in_as_many_steps(base: Path) -> None:
     options = EvidenceOptions(base=str(base))
-    direct, dmu = (
-        Cell(name, 0, options).recipe() for name in ("direct_ffn_attention", "dmu_attention")
-    )
-    assert direct.attention_lr == dmu.attention_lr == 5e-4
-    assert direct.stage == dmu.stage and direct.direct_parameters == "ffn"
-    assert dmu.router.patch_loss == dmu.stage.patch_loss == 1
-    plain = Cell("dmu", 0, options).recipe()
+    recipes = {name: Cell(name, 0, options).recipe() for name in ("dmu", *ATTENTION)}
+    plain, dmu = recipes.pop("dmu"), recipes["dmu_attention"]
     assert (plain.attention_lr, plain.stage.patch_loss) == (None, 0.3)
+    assert dmu.router.experts_lr is not None
+    steps = dmu.stage.steps
+    for one in recipes.values():
+        assert one.attention_lr == 5e-4 and one.stage.patch_loss == 1
+        assert dataclasses.replace(one.stage, steps=steps) == dmu.stage
+        assert total_steps(one) == total_steps(plain)
 
 
 @pytest.mark.parametrize("name", ["direct", "direct_ffn", "dmu"])
