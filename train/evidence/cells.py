@@ -61,9 +61,9 @@ class EvidenceOptions:
             the stand-in with their towers.
         fewer_pairs: Also direct fine-tuning and DMU from a quarter of the pairs, and the stand-in
             with their towers.
-        attention: Also direct fine-tuning, sparse upcycling and DMU that train the attention beside
-            the networks and heed patch tokens more, DMU's experts on with their routers, and the
-            stand-in with their towers.
+        attention: Also direct fine-tuning and DMU that train the attention beside the networks and
+            heed patch tokens more, DMU's experts on with their routers, and the stand-in with their
+            towers.
         ablations: Also every ablation, with the first seed alone.
         mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
         mllm_seeds: Those of the seeds whose MLLMs run; all by default.

@@ -72,9 +72,6 @@ RETRIEVAL_CLAIMS = {
     "retrieval_with_attention_vs_direct_finetuning_with_it": (
         "dmu_attention", "direct_ffn_attention"
     ),
-    "retrieval_with_attention_vs_sparse_upcycling_with_it": (
-        "dmu_attention", "sparse_attention"
-    ),
 }  # fmt: skip
 #: Claim -> a method that should name the main object at most a point less often than the base.
 ZERO_SHOT_CLAIMS = {
@@ -109,9 +106,6 @@ VQA_CLAIMS = {
     "vqa_with_attention_vs_direct_finetuning_ffn": ("scenes", "dmu_attention", "direct_ffn", 0.0),
     "vqa_with_attention_vs_direct_finetuning_with_it": (
         "scenes", "dmu_attention", "direct_ffn_attention", 0.0
-    ),
-    "vqa_with_attention_vs_sparse_upcycling_with_it": (
-        "scenes", "dmu_attention", "sparse_attention", 0.0
     ),
 }  # fmt: skip
 _DIAGNOSED_SCENES = 500

@@ -132,7 +132,6 @@ ATTENTION: dict[str, Method] = {
         "direct fine-tuning, FFN and attention",
         ("method=direct", "direct_parameters=ffn", *_ATTENTION),
     ),
-    "sparse_attention": Method("sparse upcycling, attention too", ("method=sparse", *_ATTENTION)),
     "dmu_attention": Method(
         "CLIP-MoE (DMU), attention too, tuned on",
         (
