@@ -266,7 +266,7 @@ def test_fewer_losses_lack_these_and_nothing_else(
     assert dataclasses.replace(alone, **rest) == whole
 
 
-def test_attention_trains_at_the_same_rates_in_as_many_steps(base: Path) -> None:
+def test_attention_trains_at_the_same_rates_and_losses_of_stages(base: Path) -> None:
     options = EvidenceOptions(base=str(base))
     recipes = {name: Cell(name, 0, options).recipe() for name in ("dmu", *ATTENTION)}
     plain, dmu = recipes.pop("dmu"), recipes["dmu_attention"]
@@ -276,7 +276,6 @@ def test_attention_trains_at_the_same_rates_in_as_many_steps(base: Path) -> None
     for one in recipes.values():
         assert one.attention_lr == 5e-4 and one.stage.patch_loss == 1
         assert dataclasses.replace(one.stage, steps=steps) == dmu.stage
-        assert total_steps(one) == total_steps(plain)
 
 
 @pytest.mark.parametrize("name", ["direct", "direct_ffn", "dmu"])
@@ -404,8 +403,7 @@ def test_each_method_trains_for_as_many_steps(base: Path, tmp_path: Path) -> Non
     options = EvidenceOptions(out=str(tmp_path), base=str(base))
     methods = (*METHODS, *FEWER_LOSSES, *FEWER_PAIRS, *ATTENTION)
     recipes = {name: Cell(name, 0, options).recipe() for name in methods}
-    steps = {(one.stage.steps, one.router.steps, one.num_experts) for one in recipes.values()}
-    assert len(steps) == 1
+    assert len({total_steps(one) for one in recipes.values()}) == 1
 
 
 def test_tables_and_pictures_are_written(finished: Path) -> None:
