@@ -33,6 +33,7 @@ from train.evidence.methods import (
     FEWER_PAIRS,
     LANGUAGE_MODELS,
     METHODS,
+    TUNED_ON,
     LanguageModel,
     in_order,
 )
@@ -268,14 +269,17 @@ def test_fewer_losses_lack_these_and_nothing_else(
 
 def test_attention_trains_at_the_same_rates_and_losses_of_stages(base: Path) -> None:
     options = EvidenceOptions(base=str(base))
-    recipes = {name: Cell(name, 0, options).recipe() for name in ("dmu", *ATTENTION)}
+    recipes = {
+        name: Cell(name, 0, options).recipe() for name in ("dmu", *ATTENTION, *TUNED_ON)
+    }
     plain, dmu = recipes.pop("dmu"), recipes["dmu_attention"]
     assert (plain.attention_lr, plain.stage.patch_loss) == (None, 0.3)
-    assert dmu.router.experts_lr is not None
-    steps = dmu.stage.steps
+    assert dmu.router.patch_loss == 1
+    tuning = {name: one.router.experts_lr for name, one in recipes.items()}
+    assert {name for name, rate in tuning.items() if rate is not None} == set(TUNED_ON)
     for one in recipes.values():
         assert one.attention_lr == 5e-4 and one.stage.patch_loss == 1
-        assert dataclasses.replace(one.stage, steps=steps) == dmu.stage
+        assert dataclasses.replace(one.stage, steps=dmu.stage.steps) == dmu.stage
 
 
 @pytest.mark.parametrize("name", ["direct", "direct_ffn", "dmu"])
@@ -292,11 +296,12 @@ def test_fewer_pairs_change_their_number_and_the_rate_alone(name: str, base: Pat
 
 def test_pretrained_language_model_sees_with_the_towers_of_the_claims() -> None:
     options = EvidenceOptions(
-        methods=("dmu",), fewer_losses=True, attention=True, pretrained_llm="embedded"
-    )
+        methods=("dmu", "dmu_tuned_on"), mllm_methods=("dense", "dmu", "dmu_tuned_on"),
+        fewer_losses=True, attention=True, pretrained_llm="embedded",
+    )  # fmt: skip
     names = {job.name for job in planned_jobs(options, planned_cells(options))}
     assert "MLLM_pretrained of dmu-1" in names and "MLLM of dmu_clip_loss-1" in names
-    assert {f"MLLM_pretrained of {name}-1" for name in ATTENTION} <= names
+    assert {f"MLLM_pretrained of {name}-1" for name in (*ATTENTION, *TUNED_ON)} <= names
     assert "MLLM_pretrained of dmu_clip_loss-1" not in names
 
 
@@ -401,7 +406,7 @@ def test_ablations_run_with_one_seed() -> None:
 
 def test_each_method_trains_for_as_many_steps(base: Path, tmp_path: Path) -> None:
     options = EvidenceOptions(out=str(tmp_path), base=str(base))
-    methods = (*METHODS, *FEWER_LOSSES, *FEWER_PAIRS, *ATTENTION)
+    methods = (*METHODS, *FEWER_LOSSES, *FEWER_PAIRS, *ATTENTION, *TUNED_ON)
     recipes = {name: Cell(name, 0, options).recipe() for name in methods}
     assert len({total_steps(one) for one in recipes.values()}) == 1
 

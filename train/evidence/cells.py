@@ -27,7 +27,14 @@ from train import run_recipe, stages
 from train.clip_evaluation import HeldOutScenes, held_out_scenes, measure_clip
 from train.config import load_recipe
 from train.contrastive import LOG_FILE
-from train.evidence.methods import ALL, ATTENTION, LANGUAGE_MODELS, METHODS, LanguageModel
+from train.evidence.methods import (
+    ALL,
+    ATTENTION,
+    LANGUAGE_MODELS,
+    METHODS,
+    TUNED_ON,
+    LanguageModel,
+)
 from train.evidence.readers import read_facts
 from train.evidence.stand_in import make_untrained, take_language_model, write_questions
 from train.evidence.workers import Job
@@ -45,6 +52,8 @@ _BASE_SEED = 1000
 _BETWEEN_RUNS = 100
 #: Jobs that those of cells need.
 BASE, STAND_IN = "base CLIP", "language model"
+#: Methods whose towers a pretrained language model may see with.
+SEEN_BY_PRETRAINED = {*METHODS, *ATTENTION, *TUNED_ON}
 _HITS, _SCORES = "hits.safetensors", "scores.json"
 
 
@@ -62,8 +71,7 @@ class EvidenceOptions:
         fewer_pairs: Also direct fine-tuning and DMU from a quarter of the pairs, and the stand-in
             with their towers.
         attention: Also direct fine-tuning and DMU that train the attention beside the networks and
-            heed patch tokens more, DMU's experts on with their routers, and the stand-in with their
-            towers.
+            heed patch tokens more, and the stand-in with their towers.
         ablations: Also every ablation, with the first seed alone.
         mllm_methods: Methods whose tower an MLLM sees with; none skips the MLLMs.
         mllm_seeds: Those of the seeds whose MLLMs run; all by default.
@@ -157,7 +165,7 @@ class Cell:
             recipe, name = "evidence_mllm", os.fspath(stand_in_folder(options))
             runs = options.mllm_runs
         else:
-            if options.pretrained_llm is None or self.method not in {**METHODS, **ATTENTION}:
+            if options.pretrained_llm is None or self.method not in SEEN_BY_PRETRAINED:
                 return []
             recipe, name = "evidence_mllm_lora", options.pretrained_llm
             runs = options.pretrained_runs

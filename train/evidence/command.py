@@ -72,11 +72,18 @@ RETRIEVAL_CLAIMS = {
     "retrieval_with_attention_vs_direct_finetuning_with_it": (
         "dmu_attention", "direct_ffn_attention"
     ),
+    "retrieval_tuned_on_vs_dense": ("dmu_tuned_on", "dense"),
+    "retrieval_tuned_on_vs_direct_finetuning": ("dmu_tuned_on", "direct"),
+    "retrieval_tuned_on_vs_direct_finetuning_ffn": ("dmu_tuned_on", "direct_ffn"),
+    "retrieval_tuned_on_vs_direct_finetuning_with_attention": (
+        "dmu_tuned_on", "direct_ffn_attention"
+    ),
 }  # fmt: skip
 #: Claim -> a method that should name the main object at most a point less often than the base.
 ZERO_SHOT_CLAIMS = {
     "zero_shot_vs_dense": "dmu",
     "zero_shot_with_attention_vs_dense": "dmu_attention",
+    "zero_shot_tuned_on_vs_dense": "dmu_tuned_on",
 }
 #: Claim -> task, two methods, and by how much the first should be above the other.
 VQA_CLAIMS = {
@@ -106,6 +113,12 @@ VQA_CLAIMS = {
     "vqa_with_attention_vs_direct_finetuning_ffn": ("scenes", "dmu_attention", "direct_ffn", 0.0),
     "vqa_with_attention_vs_direct_finetuning_with_it": (
         "scenes", "dmu_attention", "direct_ffn_attention", 0.0
+    ),
+    "vqa_tuned_on_vs_dense": ("scenes", "dmu_tuned_on", "dense", 2.0),
+    "vqa_tuned_on_vs_direct_finetuning": ("scenes", "dmu_tuned_on", "direct", 0.0),
+    "vqa_tuned_on_vs_direct_finetuning_ffn": ("scenes", "dmu_tuned_on", "direct_ffn", 0.0),
+    "vqa_tuned_on_vs_direct_finetuning_with_attention": (
+        "scenes", "dmu_tuned_on", "direct_ffn_attention", 0.0
     ),
 }  # fmt: skip
 _DIAGNOSED_SCENES = 500

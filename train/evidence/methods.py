@@ -124,16 +124,25 @@ FEWER_PAIRS: dict[str, Method] = {
 
 _ATTENTION = ("attention_lr=5.0e-4", "stage.lr=2.0e-3", "stage.patch_loss=1")
 
-#: For an MLLM's sake: attention trains beside the networks, patch tokens count more, and after
-#: short stages, all of whose pairs are of clusters, the experts train on with their routers, in
-#: more than half of the steps and on random batches: what clusters do not ask for is not forgotten.
+#: For an MLLM's sake: attention trains beside the networks, patch tokens count as much as the class
+#: token, and half of a stage's pairs come at random, so that the main object is not forgotten.
 ATTENTION: dict[str, Method] = {
     "direct_ffn_attention": Method(
         "direct fine-tuning, FFN and attention",
         ("method=direct", "direct_parameters=ffn", *_ATTENTION),
     ),
     "dmu_attention": Method(
-        "CLIP-MoE (DMU), attention too, tuned on",
+        "CLIP-MoE (DMU), attention too",
+        (*_ATTENTION, "global_share=0.5", "router.patch_loss=1"),
+    ),
+}
+
+#: Asked for by name alone. So that what clusters do not ask for is not forgotten, the experts train
+#: on with their routers, on random pairs and in more than half of the steps, after short stages all
+#: of whose pairs are of clusters; attention as above.
+TUNED_ON: dict[str, Method] = {
+    "dmu_tuned_on": Method(
+        "CLIP-MoE (DMU), attention too, experts tuned on",
         (
             *_ATTENTION, "stage.steps=53", "global_share=0", "router.steps=251",
             "router.experts_lr=1.0e-3", "router.optimizer=muon", "router.lr=1.0e-3",
@@ -142,7 +151,7 @@ ATTENTION: dict[str, Method] = {
     ),
 }  # fmt: skip
 
-ALL = {**METHODS, **FEWER_LOSSES, **FEWER_PAIRS, **ATTENTION, **ABLATIONS}
+ALL = {**METHODS, **FEWER_LOSSES, **FEWER_PAIRS, **ATTENTION, **TUNED_ON, **ABLATIONS}
 
 
 def in_order(names: tuple[str, ...]) -> tuple[str, ...]:
