@@ -1,10 +1,14 @@
 """A tiny dense CLIP with random weights, as a folder; and a tiny run of instruction tuning."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import vision_moe
+from train import dmu
 from train.contrastive import start_model
 from train.recipe import (
     ConnectorTraining,
@@ -13,6 +17,9 @@ from train.recipe import (
     LLMTraining,
     Trainable,
 )
+
+if TYPE_CHECKING:
+    from tests.train.test_dmu import Watch
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +36,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "clip"
     vision_moe.save(start_model(description, None, seed=0), folder)
     return folder
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Sees what each run of upcycling's trains."""
+    from tests.train.test_dmu import Watch
+
+    watch = Watch()
+    monkeypatch.setattr(dmu, "train_contrastive", watch)
+    return watch
 
 
 @pytest.fixture
